@@ -1,0 +1,1 @@
+"""Bijections: exact invertible maps with their log-dets; each file imports lower tiers only."""

@@ -1,0 +1,228 @@
+"""The contract: a transform is a value with two methods, and everything else is composition.
+
+Arrays inside the library are *batch-last*. A transform is defined on one event of shape
+``in_shape``; a class that sets ``batch_last = True`` also takes ``in_shape + batch`` and returns
+``out_shape + batch`` with log-dets of shape ``batch``. Keeping the batch on the last, contiguous
+axis is what makes scalar maps and masked products fast. `call` hides the difference: it maps a
+transform that knows only single events over the trailing axes.
+"""
+
+import abc
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from laminar._errors import ShapeError
+from laminar._typing import Array, Condition, PRNGKeyArray, Shape
+
+Exactness = Literal["exact", "unbiased", "bound"]
+Direction = Literal["forward", "inverse"]
+Side = Literal["out", "in"]
+
+
+class AbstractTransform(eqx.Module):
+    r"""A map between latent and data space with the log-density contribution it makes.
+
+    ``forward`` goes from latent to data, as in Rezende & Mohamed (2015):
+
+        y = f(x),        log_det = ln |det ∂f/∂x|
+
+    ``inverse`` goes back and returns ln |det ∂f⁻¹/∂y|, the negative of the above at the same point.
+
+    Attributes:
+        in_shape: Shape of one latent event.
+        out_shape: Shape of one data event.
+        cond_shape: Shape of one condition, or None when the transform takes none. A transform that
+            takes none ignores the one it is given, so parts of a chain need not agree to have one.
+        exactness: Whether the log-det is ``"exact"``, an ``"unbiased"`` estimate, or a ``"bound"``.
+        batch_last: Whether trailing batch axes are accepted (see the module's first lines).
+
+    Outside the support ``inverse`` returns a finite clamped point and a log-det of −inf; NaN stays
+    NaN; gradients are finite everywhere.
+    """
+
+    if TYPE_CHECKING:
+        # A type checker would take abstract variables for constructor arguments.
+        @property
+        def in_shape(self) -> Shape: ...
+        @property
+        def out_shape(self) -> Shape: ...
+        @property
+        def cond_shape(self) -> Shape | None: ...
+        @property
+        def exactness(self) -> Exactness: ...
+    else:
+        in_shape: eqx.AbstractVar[Shape]
+        out_shape: eqx.AbstractVar[Shape]
+        cond_shape: eqx.AbstractVar[Shape | None]
+        exactness: eqx.AbstractVar[Exactness]
+
+    batch_last: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Array, condition: Condition = None, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, Array]:
+        """Latent → data: ``(y, log |det ∂y/∂x|)``."""
+
+    @abc.abstractmethod
+    def inverse(
+        self, y: Array, condition: Condition = None, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, Array]:
+        """Data → latent: ``(x, log |det ∂x/∂y|)``."""
+
+    def init_from_data(self, data: Array, condition: Condition = None, side: Side = "out") -> Self:
+        """Return a copy whose data-dependent parameters suit a batch.
+
+        Args:
+            data: Events with the batch on the last axis.
+            condition: Conditions likewise, or one shared condition, or None.
+            side: The side of the transform the data stand on: with ``"out"`` the inverse of the
+                data is what gets standardised, with ``"in"`` the forward image.
+
+        Returns:
+            Itself, unless the class has something to learn from data (as `ActNorm` has).
+        """
+        return self
+
+    def steps(self) -> tuple["AbstractTransform", ...]:
+        """The elementary transforms f_1, …, f_K this one is made of, first applied first."""
+        return (self,)
+
+    def upto(self, k: int) -> "AbstractTransform":
+        """The first k steps as one transform; ``upto(0)`` is the identity."""
+        if k == len(self.steps()):
+            return self
+        raise ShapeError(f"{type(self).__name__} is a single step and has no first {k} steps.")
+
+    @property
+    def name(self) -> str:
+        """What to call this transform in messages and plots."""
+        return type(self).__name__
+
+
+class AbstractBijection(AbstractTransform):
+    """The exact case: an invertible smooth map between shapes of one size; ``key`` is ignored."""
+
+    @property
+    def exactness(self) -> Exactness:
+        """``"exact"``."""
+        return "exact"
+
+
+def call(
+    transform: AbstractTransform,
+    direction: Direction,
+    x: Array,
+    condition: Condition = None,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Array, Array]:
+    """Apply a transform to events with any number of trailing batch axes.
+
+    Args:
+        transform: The transform.
+        direction: ``"forward"`` or ``"inverse"``.
+        x: ``event_shape + batch``.
+        condition: ``cond_shape + batch``, or ``cond_shape`` alone to share one condition.
+        key: Split along the batch where the transform knows only single events.
+
+    Returns:
+        The image, ``event_shape + batch``, and the log-dets, ``batch``.
+    """
+    event = transform.in_shape if direction == "forward" else transform.out_shape
+    method = getattr(transform, direction)
+    batch = x.ndim - len(event)
+    cond_ndim = 0 if transform.cond_shape is None else len(transform.cond_shape)
+    if transform.cond_shape is None:
+        condition = None
+    if batch == 0 or transform.batch_last:
+        return method(x, condition, key=key)
+    cond_axis = None if condition is None or condition.ndim == cond_ndim else -1
+    keys = None if key is None else jr.split(key, x.shape[-1])
+
+    def one(x, condition, key):
+        return call(transform, direction, x, condition, key=key)
+
+    return jax.vmap(one, in_axes=(-1, cond_axis, None if key is None else 0), out_axes=-1)(
+        x, condition, keys
+    )
+
+
+class Invert(AbstractBijection):
+    """The inverse of a bijection as a bijection: forward and inverse change places."""
+
+    bijection: AbstractTransform
+    batch_last: ClassVar[bool] = True
+
+    @property
+    def in_shape(self) -> Shape:
+        """The shape that the wrapped bijection gives."""
+        return self.bijection.out_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        """The shape that the wrapped bijection takes."""
+        return self.bijection.in_shape
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """The condition of the wrapped bijection."""
+        return self.bijection.cond_shape
+
+    def __check_init__(self):
+        if self.bijection.exactness != "exact":
+            raise ShapeError(
+                f"Invert takes an exact bijection, and {self.bijection.name} is declared "
+                f"{self.bijection.exactness!r}."
+            )
+
+    def forward(self, x, condition=None, *, key=None):
+        """``bijection.inverse``."""
+        return call(self.bijection, "inverse", x, condition, key=key)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """``bijection.forward``."""
+        return call(self.bijection, "forward", y, condition, key=key)
+
+    def init_from_data(self, data, condition=None, side="out"):
+        """Pass the data on as standing on the other side."""
+        other: Side = "in" if side == "out" else "out"
+        return Invert(self.bijection.init_from_data(data, condition, other))
+
+    def steps(self):
+        """The inverses of the wrapped steps, last one first."""
+        return tuple(Invert(step) for step in reversed(self.bijection.steps()))
+
+    @property
+    def name(self) -> str:
+        """The wrapped name, marked as inverted."""
+        return f"Invert({self.bijection.name})"
+
+
+class Identity(AbstractBijection):
+    """The map y = x, with log-det zero."""
+
+    in_shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True, default=None)
+    batch_last: ClassVar[bool] = True
+
+    @property
+    def out_shape(self) -> Shape:
+        """Equal to ``in_shape``."""
+        return self.in_shape
+
+    def forward(self, x, condition=None, *, key=None):
+        """``(x, 0)``."""
+        return x, jnp.zeros(x.shape[len(self.in_shape) :], x.dtype)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """``(y, 0)``."""
+        return self.forward(y)
+
+    def upto(self, k):
+        """The identity itself, however few of its steps are taken."""
+        return self

@@ -1,0 +1,473 @@
+"""Composition: chains, scanned repetition, shared maps over an axis, and moves of elements."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from laminar._errors import InputError, ShapeError
+from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar.bijections.base import (
+    AbstractBijection,
+    AbstractTransform,
+    Exactness,
+    Identity,
+    call,
+)
+
+
+def weakest(parts: Sequence[AbstractTransform]) -> Exactness:
+    """The exactness of a composition: a bound spoils all, an estimate spoils the exact."""
+    kinds = {part.exactness for part in parts}
+    return "bound" if "bound" in kinds else "unbiased" if "unbiased" in kinds else "exact"
+
+
+def merge_cond_shapes(owner: str, parts: Sequence[AbstractTransform]) -> Shape | None:
+    """The one condition shape that all conditioned parts share; None when no part takes one."""
+    found: tuple[int, Shape] | None = None
+    for i, part in enumerate(parts):
+        if part.cond_shape is None:
+            continue
+        if found is not None and found[1] != part.cond_shape:
+            raise ShapeError(
+                f"{owner}: part {found[0]} takes a condition of shape {found[1]}, "
+                f"part {i} ({part.name}) one of shape {part.cond_shape}."
+            )
+        found = found or (i, part.cond_shape)
+    return None if found is None else found[1]
+
+
+class Chain(AbstractTransform):
+    """Composition in reading order: ``Chain([f_1, …, f_K])`` is f_K ∘ … ∘ f_1.
+
+    The log-det is the sum of the parts' log-dets (Rezende & Mohamed 2015, eq. 6).
+
+    Raises:
+        ShapeError: Where one part's output does not fit the next part's input.
+    """
+
+    parts: tuple[AbstractTransform, ...]
+    cond_shape: Shape | None = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, parts: Sequence[AbstractTransform]):
+        if not parts:
+            raise ShapeError("Chain needs at least one part; use Identity(shape) for none.")
+        for i, (a, b) in enumerate(itertools.pairwise(parts)):
+            if a.out_shape != b.in_shape:
+                raise ShapeError(
+                    f"Chain: part {i} ({a.name}) gives {a.out_shape}, "
+                    f"part {i + 1} ({b.name}) takes {b.in_shape}."
+                )
+        self.parts = tuple(parts)
+        self.cond_shape = merge_cond_shapes("Chain", parts)
+
+    @property
+    def in_shape(self) -> Shape:
+        """What the first part takes."""
+        return self.parts[0].in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        """What the last part gives."""
+        return self.parts[-1].out_shape
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weakest exactness among the parts."""
+        return weakest(self.parts)
+
+    def _run(self, parts, direction, x, condition, key):
+        keys = [None] * len(parts) if key is None else jr.split(key, len(parts))
+        total = jnp.zeros(
+            x.shape[len(parts[0].in_shape if direction == "forward" else parts[0].out_shape) :],
+            x.dtype,
+        )
+        for part, part_key in zip(parts, keys, strict=True):
+            x, log_det = call(part, direction, x, condition, key=part_key)
+            total = total + log_det
+        return x, total
+
+    def forward(self, x, condition=None, *, key=None):
+        """f_K(… f_1(x)), with the summed log-det."""
+        return self._run(self.parts, "forward", x, condition, key)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """f_1⁻¹(… f_K⁻¹(y)), with the summed log-det."""
+        return self._run(self.parts[::-1], "inverse", y, condition, key)
+
+    def init_from_data(self, data, condition=None, side="out"):
+        """Initialise part after part, starting at the side where the data stand."""
+        order = range(len(self.parts))
+        done = list(self.parts)
+        for i in reversed(order) if side == "out" else order:
+            done[i] = done[i].init_from_data(data, condition, side)
+            direction = "inverse" if side == "out" else "forward"
+            data, _ = call(done[i], direction, data, condition)
+        return Chain(done)
+
+    def steps(self):
+        """The steps of all parts in order."""
+        return tuple(step for part in self.parts for step in part.steps())
+
+    def upto(self, k):
+        """The first k steps; whole parts are kept, so a repeated stack stays scanned."""
+        if k == 0:
+            return Identity(self.in_shape)
+        kept: list[AbstractTransform] = []
+        for part in self.parts:
+            n = len(part.steps())
+            kept.append(part if k >= n else part.upto(k))
+            k -= n
+            if k <= 0:
+                break
+        return Chain(kept)
+
+
+class Repeat(AbstractTransform):
+    """K layers of one structure and different parameters, applied one after the other.
+
+    The layers are stored stacked along a leading axis and run by ``lax.scan``, so compile time does
+    not grow with depth. Whatever differs between layers, permutations included, must be an array.
+
+    Args:
+        layers: Either a list of layers, or a layer whose arrays carry a leading layer axis (as
+            ``eqx.filter_vmap(make)(keys)`` gives; see `repeat`).
+
+    Raises:
+        ShapeError: If the layers differ in structure, or one does not map a shape to itself.
+    """
+
+    layers: AbstractTransform
+    length: int = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, layers: AbstractTransform | Sequence[AbstractTransform]):
+        if not isinstance(layers, AbstractTransform):
+            layers = _stack(layers)
+        lengths = {x.shape[:1] for x in jtu.tree_leaves(layers) if eqx.is_array(x)}
+        if len(lengths) != 1 or lengths == {()}:
+            raise ShapeError(
+                "Repeat: every array of the stacked layers needs one leading layer axis; "
+                f"found leading sizes {sorted(lengths)}."
+            )
+        if layers.in_shape != layers.out_shape:
+            raise ShapeError(
+                f"Repeat: {layers.name} takes {layers.in_shape} and gives {layers.out_shape}, so "
+                "it cannot follow itself."
+            )
+        self.layers = layers
+        self.length = lengths.pop()[0]
+
+    @property
+    def in_shape(self) -> Shape:
+        """The shape each layer maps to itself."""
+        return self.layers.in_shape
+
+    @property
+    def out_shape(self) -> Shape:
+        """The shape each layer maps to itself."""
+        return self.layers.out_shape
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """The condition every layer takes."""
+        return self.layers.cond_shape
+
+    @property
+    def exactness(self) -> Exactness:
+        """The exactness of a layer."""
+        return self.layers.exactness
+
+    def layer(self, i: int) -> AbstractTransform:
+        """The i-th layer on its own."""
+        return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, self.layers)
+
+    def _run(self, direction, x, condition, key, reverse):
+        dynamic, static = eqx.partition(self.layers, eqx.is_array)
+        keys = None if key is None else jr.split(key, self.length)
+        batch = x.shape[len(self.in_shape) :]
+
+        def body(carry, slice_and_key):
+            x, total = carry
+            part, layer_key = slice_and_key
+            layer = eqx.combine(part, static)
+            x, log_det = call(layer, direction, x, condition, key=layer_key)
+            return (x, total + log_det), None
+
+        start = (x, jnp.zeros(batch, x.dtype))
+        (x, total), _ = lax.scan(body, start, (dynamic, keys), reverse=reverse)
+        return x, total
+
+    def forward(self, x, condition=None, *, key=None):
+        """All layers in order, with the summed log-det."""
+        return self._run("forward", x, condition, key, reverse=False)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """All layers backwards, with the summed log-det."""
+        return self._run("inverse", y, condition, key, reverse=True)
+
+    def init_from_data(self, data, condition=None, side="out"):
+        """Initialise layer after layer by one scan, starting at the side where the data stand."""
+        dynamic, static = eqx.partition(self.layers, eqx.is_array)
+        direction = "inverse" if side == "out" else "forward"
+
+        def body(data, part):
+            layer = eqx.combine(part, static).init_from_data(data, condition, side)
+            data, _ = call(layer, direction, data, condition)
+            return data, eqx.filter(layer, eqx.is_array)
+
+        _, done = lax.scan(body, data, dynamic, reverse=side == "out")
+        return Repeat(eqx.combine(done, static))
+
+    def steps(self):
+        """The layers unstacked; a layer counts as one step, whatever it is made of."""
+        return tuple(self.layer(i) for i in range(self.length))
+
+    def upto(self, k):
+        """The first k layers, still scanned."""
+        if k == 0:
+            return Identity(self.in_shape)
+        return Repeat(jtu.tree_map(lambda x: x[:k] if eqx.is_array(x) else x, self.layers))
+
+    @property
+    def name(self) -> str:
+        """The layer's name and how often it is repeated."""
+        return f"Repeat({self.layers.name} × {self.length})"
+
+
+def _stack(layers: Sequence[AbstractTransform]) -> AbstractTransform:
+    """Stack the arrays of layers that agree in everything else."""
+    if not layers:
+        raise ShapeError("Repeat needs at least one layer.")
+    split = [eqx.partition(layer, eqx.is_array) for layer in layers]
+    first, static = split[0]
+    for i, (arrays, rest) in enumerate(split[1:], start=1):
+        same = jtu.tree_structure(arrays) == jtu.tree_structure(first) and bool(
+            eqx.tree_equal(rest, static)
+        )
+        shapes = [x.shape for x in jtu.tree_leaves(arrays)]
+        if not same or shapes != [x.shape for x in jtu.tree_leaves(first)]:
+            raise ShapeError(
+                f"Repeat: layer {i} ({layers[i].name}) differs from layer 0 ({layers[0].name}) in "
+                "structure; stack only layers of one kind and size, and Chain the others."
+            )
+    stacked = jtu.tree_map(lambda *xs: jnp.stack(xs), *[arrays for arrays, _ in split])
+    return eqx.combine(stacked, static)
+
+
+def repeat(
+    make: Callable[[PRNGKeyArray], AbstractTransform], length: int, *, key: PRNGKeyArray
+) -> Repeat:
+    """Build `length` layers at once by mapping ``make(key)`` over split keys.
+
+    Args:
+        make: Builds one layer from a key. It is traced once, so it costs the same at any depth.
+        length: How many layers.
+        key: Split into one key for each layer.
+    """
+    return Repeat(eqx.filter_vmap(make)(jr.split(key, length)))
+
+
+class Independent(AbstractBijection):
+    """One bijection applied to each of `size` slices along a new leading event axis.
+
+    Args:
+        bijection: The map of one slice. With ``stacked`` its arrays carry a leading axis of
+            `size`, so each slice has its own parameters; otherwise all slices share them.
+        size: Number of slices.
+        stacked: Whether the parameters are stacked.
+    """
+
+    bijection: AbstractTransform
+    size: int = eqx.field(static=True)
+    stacked: bool = eqx.field(static=True, default=False)
+    batch_last: ClassVar[bool] = True
+
+    @property
+    def in_shape(self) -> Shape:
+        """``(size, *bijection.in_shape)``."""
+        return (self.size, *self.bijection.in_shape)
+
+    @property
+    def out_shape(self) -> Shape:
+        """``(size, *bijection.out_shape)``."""
+        return (self.size, *self.bijection.out_shape)
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """The condition of the bijection, shared by all slices."""
+        return self.bijection.cond_shape
+
+    def __check_init__(self):
+        if self.bijection.exactness != "exact":
+            raise ShapeError(f"Independent takes an exact bijection, not {self.bijection.name}.")
+
+    def _run(self, direction, x, condition):
+        def one(bijection, x):
+            return call(bijection, direction, x, condition)
+
+        axes = (eqx.if_array(0) if self.stacked else None, 0)
+        y, log_det = eqx.filter_vmap(one, in_axes=axes)(self.bijection, x)
+        return y, log_det.sum(0)
+
+    def forward(self, x, condition=None, *, key=None):
+        """The bijection on every slice; log-dets are summed over slices."""
+        return self._run("forward", x, condition)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """The inverse on every slice; log-dets are summed over slices."""
+        return self._run("inverse", y, condition)
+
+
+class Reshape(AbstractBijection):
+    """Change the event's shape and keep its elements in row-major order; log-det zero."""
+
+    in_shape: Shape = eqx.field(static=True)
+    out_shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True, default=None)
+    batch_last: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if math.prod(self.in_shape) != math.prod(self.out_shape):
+            raise ShapeError(f"Reshape: {self.in_shape} and {self.out_shape} differ in size.")
+
+    def _run(self, x, old, new):
+        batch = x.shape[len(old) :]
+        return x.reshape(new + batch), jnp.zeros(batch, x.dtype)
+
+    def forward(self, x, condition=None, *, key=None):
+        """``x`` in ``out_shape``."""
+        return self._run(x, self.in_shape, self.out_shape)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """``y`` in ``in_shape``."""
+        return self._run(y, self.out_shape, self.in_shape)
+
+
+class Permute(AbstractBijection):
+    """Reorder the leading axis: y[i] = x[index[i]]; log-det zero.
+
+    The index is an integer array, never trained, so that `Repeat` can stack different permutations.
+
+    Args:
+        index: A permutation of 0, …, D−1.
+        shape: Event shape, by default ``(D,)``.
+
+    Raises:
+        InputError: If `index` is not a permutation.
+    """
+
+    index: Array
+    back: Array
+    in_shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True, default=None)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, index: Array | np.ndarray | Sequence[int], shape: Shape | None = None):
+        index = jnp.asarray(index, jnp.int32)
+        self.in_shape = index.shape if shape is None else shape
+        self.cond_shape = None
+        if index.ndim != 1 or index.shape != self.in_shape[:1]:
+            raise ShapeError(f"Permute: an index of shape {index.shape} for {self.in_shape}.")
+        if not isinstance(index, Tracer) and not np.array_equal(
+            np.sort(np.asarray(index)), np.arange(len(index))
+        ):
+            raise InputError(f"Permute: the index is not a permutation of 0…{len(index) - 1}.")
+        self.index = index
+        self.back = jnp.argsort(index).astype(jnp.int32)
+
+    @property
+    def out_shape(self) -> Shape:
+        """Equal to ``in_shape``."""
+        return self.in_shape
+
+    def _run(self, x, index):
+        return jnp.take(x, index, axis=0, unique_indices=True, mode="clip"), jnp.zeros(
+            x.shape[len(self.in_shape) :], x.dtype
+        )
+
+    def forward(self, x, condition=None, *, key=None):
+        """``x[index]``."""
+        return self._run(x, self.index)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """``y[argsort(index)]``."""
+        return self._run(y, self.back)
+
+
+def reverse(dim: int) -> Permute:
+    """The permutation that turns a vector of `dim` entries around."""
+    return Permute(np.arange(dim)[::-1])
+
+
+def random_permutation(dim: int, *, key: PRNGKeyArray) -> Permute:
+    """A permutation of `dim` entries drawn from `key`."""
+    return Permute(jr.permutation(key, dim))
+
+
+class Indexed(AbstractBijection):
+    """A bijection of some entries of a vector; the others pass unchanged.
+
+    Args:
+        bijection: A map of vectors of ``len(index)`` entries.
+        index: Distinct positions in 0, …, dim−1.
+        dim: Length of the whole vector.
+    """
+
+    bijection: AbstractTransform
+    index: Array
+    in_shape: Shape = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, bijection: AbstractTransform, index: Sequence[int] | np.ndarray, dim: int):
+        index = np.asarray(index, np.int32)
+        if bijection.exactness != "exact":
+            raise ShapeError(f"Indexed takes an exact bijection, not {bijection.name}.")
+        if bijection.in_shape != index.shape or bijection.out_shape != index.shape:
+            raise ShapeError(
+                f"Indexed: {bijection.name} maps {bijection.in_shape} to {bijection.out_shape}, "
+                f"but the index has shape {index.shape}."
+            )
+        if len(np.unique(index)) != len(index) or index.min() < 0 or index.max() >= dim:
+            raise InputError(f"Indexed: the index must be distinct positions in 0…{dim - 1}.")
+        self.bijection = bijection
+        self.index = jnp.asarray(index)
+        self.in_shape = (dim,)
+
+    @property
+    def out_shape(self) -> Shape:
+        """Equal to ``in_shape``."""
+        return self.in_shape
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """The condition of the bijection."""
+        return self.bijection.cond_shape
+
+    def _run(self, direction, x, condition):
+        y, log_det = call(self.bijection, direction, x[self.index], condition)
+        return x.at[self.index].set(y), log_det
+
+    def forward(self, x, condition=None, *, key=None):
+        """The bijection on the indexed entries."""
+        return self._run("forward", x, condition)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """The inverse on the indexed entries."""
+        return self._run("inverse", y, condition)
+
+    def init_from_data(self, data, condition=None, side="out"):
+        """Pass the indexed entries on."""
+        inner = self.bijection.init_from_data(data[self.index], condition, side)
+        return eqx.tree_at(lambda s: s.bijection, self, inner)

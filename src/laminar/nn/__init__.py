@@ -1,0 +1,1 @@
+"""Conditioners: networks that map a vector to parameters and know nothing of bijections."""

@@ -1,0 +1,1 @@
+"""Tables and the exact densities of their rows in the user's units."""
