@@ -46,14 +46,10 @@ class AbstractTransform(eqx.Module):
 
     if TYPE_CHECKING:
         # A type checker would take abstract variables for constructor arguments.
-        @property
-        def in_shape(self) -> Shape: ...
-        @property
-        def out_shape(self) -> Shape: ...
-        @property
-        def cond_shape(self) -> Shape | None: ...
-        @property
-        def exactness(self) -> Exactness: ...
+        in_shape: Shape = eqx.field(init=False)
+        out_shape: Shape = eqx.field(init=False)
+        cond_shape: Shape | None = eqx.field(init=False)
+        exactness: Exactness = eqx.field(init=False)
     else:
         in_shape: eqx.AbstractVar[Shape]
         out_shape: eqx.AbstractVar[Shape]
