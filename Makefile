@@ -1,0 +1,65 @@
+# Every target sets up what it needs. Override: make test VENV=/tmp/venv PYTHON=python3.13
+
+PYTHON ?= python3
+VENV ?= .venv
+BUDGET ?= 60
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --extra all
+
+.PHONY: demo test test-all lint format bench docs lock clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.run-ready
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-all: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow"
+
+lint: $(VENV)/.dev-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev-ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A short run of every claim; see benchmarks/README.md for full budgets and for LAMINAR_DATA.
+bench: $(VENV)/.run-ready
+	@for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script --budget $(BUDGET)"; \
+		$(BIN)/python $$script --budget $(BUDGET) || exit 1; \
+	done
+
+docs: $(VENV)/.dev-ready
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Pins with hashes for every platform and for Python 3.11 and newer; needs uv.
+lock:
+	$(LOCK) --group build --output-file requirements.txt
+	$(LOCK) --group dev --constraint requirements.txt --output-file requirements-dev.txt
+
+clean:
+	rm -rf build dist demo docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run-ready: requirements.txt pyproject.toml | $(VENV)/pyvenv.cfg
+	$(PIP) --require-hashes -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev-ready: requirements-dev.txt pyproject.toml | $(VENV)/pyvenv.cfg
+	$(PIP) --require-hashes -r requirements-dev.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
