@@ -1,0 +1,541 @@
+"""Scalar maps: one monotone function applied to every element.
+
+Every map here is a *kernel* plus its parameters. The kernel takes the parameters as an array with
+the parameter axis first, ``(P, *s)``, and points ``(*s)``; it works element by element on any shape
+and sums nothing. That form is what coupling and autoregressive layers call with parameters from a
+network, and it is fast because it fuses into a single pass.
+
+Outside its support a map gives a clamped finite point and a log-det of −inf; NaN stays NaN;
+arguments are clipped before the arithmetic, so gradients are finite everywhere.
+"""
+
+import abc
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.core import Tracer
+
+from laminar._errors import InputError, ShapeError
+from laminar._params import Frozen, expand, partition, positive, positive_inverse
+from laminar._typing import Array, ArrayLike, Shape
+from laminar.bijections.base import AbstractBijection, AbstractTransform, Invert, call
+
+_LOG_TWO = math.log(2.0)
+
+
+class AbstractElementwise(AbstractBijection):
+    """A monotone increasing scalar map, applied to every element of the event.
+
+    Attributes:
+        params: Unconstrained parameters, ``(P, *in_shape)``: the parameter axis comes first, and P
+            may be zero.
+        in_shape: Shape of one event; ``()`` for the template of a coupling layer.
+    """
+
+    if TYPE_CHECKING:
+        params: Array = eqx.field(init=False)
+    else:
+        params: eqx.AbstractVar[Array]
+
+    batch_last: ClassVar[bool] = True
+
+    @property
+    def out_shape(self) -> Shape:
+        """Equal to ``in_shape``."""
+        return self.in_shape
+
+    @property
+    def cond_shape(self) -> None:
+        """None: scalar maps are conditioned by computing their parameters."""
+        return None
+
+    @abc.abstractmethod
+    def forward_kernel(self, params: Array, x: Array) -> tuple[Array, Array]:
+        """``(y, ln dy/dx)`` for each element.
+
+        Args:
+            params: ``(P, *s)``, where axes of size one are broadcast.
+            x: ``(*s)``.
+
+        Returns:
+            Two arrays of shape ``(*s)``.
+        """
+
+    @abc.abstractmethod
+    def inverse_kernel(self, params: Array, y: Array) -> tuple[Array, Array]:
+        """``(x, ln dx/dy)`` for each element; shapes as in `forward_kernel`."""
+
+    def _apply(self, kernel, x: Array) -> tuple[Array, Array]:
+        out, log_det = kernel(expand(self.params, x.ndim + 1), x)
+        return out, log_det.sum(axis=tuple(range(len(self.in_shape))))
+
+    def forward(self, x, condition=None, *, key=None):
+        """The map of every element, with the log-derivatives summed over the event."""
+        return self._apply(self.forward_kernel, x)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """The inverse of every element, with the log-derivatives summed over the event."""
+        return self._apply(self.inverse_kernel, y)
+
+
+class Adapted(AbstractElementwise):
+    """A scalar bijection with its trained leaves laid out as the parameter vector of a kernel.
+
+    Made by `as_elementwise`.
+    """
+
+    params: Array
+    inner: Frozen[AbstractTransform]
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, params: Array, inner: Frozen[AbstractTransform], in_shape: Shape = ()):
+        self.params, self.inner, self.in_shape = params, inner, in_shape
+
+    def _run(self, direction, params, x):
+        trained, rest = partition(self.inner.tree)
+        leaves, treedef = jtu.tree_flatten(trained)
+
+        def one(vector, x):
+            filled, start = [], 0
+            for leaf in leaves:
+                filled.append(vector[start : start + leaf.size].reshape(leaf.shape))
+                start += leaf.size
+            bijection = eqx.combine(jtu.tree_unflatten(treedef, filled), rest)
+            return call(bijection, direction, x)
+
+        for _ in range(x.ndim):
+            one = jax.vmap(one, in_axes=-1, out_axes=-1)
+        return one(jnp.broadcast_to(params, (params.shape[0], *x.shape)), x)
+
+    def forward_kernel(self, params, x):
+        """``bijection.forward`` with its trained leaves read from `params`."""
+        return self._run("forward", params, x)
+
+    def inverse_kernel(self, params, y):
+        """``bijection.inverse`` with its trained leaves read from `params`."""
+        return self._run("inverse", params, y)
+
+    @property
+    def name(self) -> str:
+        """The wrapped name."""
+        return self.inner.tree.name
+
+
+def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
+    """Use any scalar bijection, such as a `Chain` of scalar maps, where a kernel is asked for.
+
+    Args:
+        bijection: An unconditioned exact bijection of shape ``()``. Its trained leaves, in the
+            order of the tree, become the P parameters; everything else stays fixed.
+
+    Returns:
+        The bijection itself if it is elementwise already, otherwise an adapter.
+
+    Raises:
+        ShapeError: If it is not a scalar map, takes a condition, or is not exact.
+    """
+    if isinstance(bijection, AbstractElementwise):
+        return bijection
+    if bijection.in_shape != () or bijection.out_shape != ():
+        raise ShapeError(
+            f"as_elementwise takes a map of scalars, shape (), but {bijection.name} maps "
+            f"{bijection.in_shape} to {bijection.out_shape}."
+        )
+    if bijection.cond_shape is not None or bijection.exactness != "exact":
+        raise ShapeError(
+            f"as_elementwise takes an exact bijection without a condition; {bijection.name} is "
+            f"{bijection.exactness!r} and takes a condition of shape {bijection.cond_shape}."
+        )
+    trained, _ = partition(bijection)
+    leaves = [jnp.ravel(leaf) for leaf in jtu.tree_leaves(trained)]
+    params = jnp.concatenate(leaves) if leaves else jnp.zeros((0,))
+    return Adapted(params, Frozen(bijection))
+
+
+class Affine(AbstractElementwise):
+    r"""Shift and scale: y = scale · x + loc, with log-det ln scale.
+
+    Two parameters, ``(loc, raw)``. By default scale = softplus(raw + ln(e − 1)), which grows only
+    linearly in `raw`. With `max_log_scale` = m it is scale = exp(m · tanh(raw / m)): a smooth bound
+    e^{−m} < scale < e^m with slope one at zero, which keeps deep stacks from overflowing.
+
+    Args:
+        loc: Shift.
+        scale: Scale, > 0; broadcast against `loc`.
+        shape: Event shape, by default that of the two broadcast together.
+        max_log_scale: The bound m, or None.
+
+    Raises:
+        InputError: If a scale is not positive or not within the bound.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+    max_log_scale: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        loc: ArrayLike = 0.0,
+        scale: ArrayLike = 1.0,
+        *,
+        shape: Shape | None = None,
+        max_log_scale: float | None = None,
+    ):
+        loc, scale = _as_float(loc), _as_float(scale)
+        if shape is None:
+            shape = jnp.broadcast_shapes(loc.shape, scale.shape)
+        if max_log_scale is not None and not max_log_scale > 0:
+            raise InputError(f"Affine: max_log_scale must be positive, not {max_log_scale}.")
+        if not isinstance(scale, Tracer):
+            if not bool((scale > 0).all()):
+                raise InputError("Affine: every scale must be greater than zero.")
+            if max_log_scale is not None and not bool(
+                (jnp.abs(jnp.log(scale)) < max_log_scale).all()
+            ):
+                raise InputError(
+                    f"Affine: every scale must lie between exp(−{max_log_scale}) and "
+                    f"exp({max_log_scale}); give a larger max_log_scale."
+                )
+        if max_log_scale is None:
+            raw = positive_inverse(scale)
+        else:
+            raw = max_log_scale * jnp.arctanh(jnp.log(scale) / max_log_scale)
+        # The inverse of softplus rounds 1 to about 1e-8; the default must be exactly zero.
+        raw = jnp.where(scale == 1, jnp.zeros_like(raw), raw)
+        dtype = loc.dtype if loc.dtype == scale.dtype else jnp.promote_types(loc.dtype, scale.dtype)
+        self.params = jnp.stack(
+            [jnp.broadcast_to(v.astype(dtype), shape) for v in (loc, raw)], axis=0
+        )
+        self.in_shape = tuple(shape)
+        self.max_log_scale = max_log_scale
+
+    def _log_scale(self, raw: Array) -> Array:
+        if self.max_log_scale is None:
+            return jnp.log(_positive(raw))
+        return self.max_log_scale * jnp.tanh(raw / self.max_log_scale)
+
+    def forward_kernel(self, params, x):
+        """``(scale · x + loc, ln scale)``."""
+        loc, raw = params
+        log_scale = self._log_scale(raw)
+        scale = _positive(raw) if self.max_log_scale is None else jnp.exp(log_scale)
+        return scale * x + loc, jnp.broadcast_to(log_scale, x.shape)
+
+    def inverse_kernel(self, params, y):
+        """``((y − loc) / scale, −ln scale)``."""
+        loc, raw = params
+        log_scale = self._log_scale(raw)
+        if self.max_log_scale is None:
+            x = (y - loc) / _positive(raw)
+        else:
+            x = (y - loc) * jnp.exp(-log_scale)
+        return x, jnp.broadcast_to(-log_scale, y.shape)
+
+
+class Shift(AbstractElementwise):
+    """y = x + loc, with log-det zero: the additive map of NICE (Dinh et al. 2014).
+
+    Args:
+        loc: Shift.
+        shape: Event shape, by default that of `loc`.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, loc: ArrayLike = 0.0, *, shape: Shape | None = None):
+        loc = _as_float(loc)
+        self.in_shape = loc.shape if shape is None else tuple(shape)
+        self.params = jnp.broadcast_to(loc, self.in_shape)[None]
+
+    def forward_kernel(self, params, x):
+        """``(x + loc, 0)``."""
+        return x + params[0], jnp.zeros_like(x)
+
+    def inverse_kernel(self, params, y):
+        """``(y − loc, 0)``."""
+        return y - params[0], jnp.zeros_like(y)
+
+
+class Exp(AbstractElementwise):
+    """y = exp x, from ℝ to (0, ∞), with log-det x.
+
+    Values that would underflow or overflow are clamped to the smallest and largest normal number.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, shape: Shape = ()):
+        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+
+    def forward_kernel(self, params, x):
+        """``(exp x, x)``."""
+        return _clamped_exp(x), _unless(jnp.isinf(x), x)
+
+    def inverse_kernel(self, params, y):
+        """``(ln y, −ln y)``; −inf for y ≤ 0."""
+        x = jnp.log(_clip_positive(y))
+        return x, _unless(_not_positive(y), -x)
+
+
+class Softplus(AbstractElementwise):
+    """y = ln(1 + exp x), from ℝ to (0, ∞), with log-det ln σ(x)."""
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, shape: Shape = ()):
+        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+
+    def forward_kernel(self, params, x):
+        """``(softplus x, ln σ(x))``."""
+        y = jax.nn.softplus(jnp.clip(x, _log_tiny(x), _largest(x)))
+        return jnp.maximum(y, _tiny(x)), _unless(jnp.isinf(x), -jax.nn.softplus(-_finite(x)))
+
+    def inverse_kernel(self, params, y):
+        """``(y + ln(1 − e^{−y}), −ln(1 − e^{−y}))``; −inf for y ≤ 0."""
+        safe = _clip_positive(y)
+        log_slope = jnp.log(-jnp.expm1(-safe))
+        return safe + log_slope, _unless(_not_positive(y), -log_slope)
+
+
+class Sigmoid(AbstractElementwise):
+    """y = 1 / (1 + e^{−x}), from ℝ to (0, 1), with log-det ln σ(x) + ln σ(−x).
+
+    Where y would round to 0 or 1 it is clamped to the nearest number inside. For another interval,
+    follow it by `Affine`; for the map from (0, 1) to ℝ use `logit`.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, shape: Shape = ()):
+        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+
+    def forward_kernel(self, params, x):
+        """``(σ(x), ln σ(x) + ln σ(−x))``."""
+        safe = _finite(x)
+        y = jnp.clip(jax.nn.sigmoid(safe), _tiny(x), 1 - _epsneg(x))
+        log_det = -jax.nn.softplus(safe) - jax.nn.softplus(-safe)
+        return y, _unless(jnp.isinf(x), log_det)
+
+    def inverse_kernel(self, params, y):
+        """``(ln y − ln(1 − y), −ln y − ln(1 − y))``; −inf outside (0, 1)."""
+        safe = jnp.clip(y, _tiny(y), 1 - _epsneg(y))
+        left, right = jnp.log(safe), jnp.log1p(-safe)
+        return left - right, _unless((y <= 0) | (y >= 1), -left - right)
+
+
+def logit(shape: Shape = ()) -> Invert:
+    """The map from (0, 1) to ℝ, ln y − ln(1 − y): the inverse of `Sigmoid` as a bijection."""
+    return Invert(Sigmoid(shape))
+
+
+class Tanh(AbstractElementwise):
+    """y = tanh x, from ℝ to (−1, 1), with log-det 2 (ln 2 − x − softplus(−2x))."""
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, shape: Shape = ()):
+        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+
+    def forward_kernel(self, params, x):
+        """``(tanh x, ln(1 − tanh² x))``."""
+        edge = 1 - _epsneg(x)
+        return jnp.clip(jnp.tanh(x), -edge, edge), _unless(jnp.isinf(x), _log_sech2(_finite(x)))
+
+    def inverse_kernel(self, params, y):
+        """``(artanh y, −ln(1 − y²))``; −inf outside (−1, 1)."""
+        edge = 1 - _epsneg(y)
+        safe = jnp.clip(y, -edge, edge)
+        left, right = jnp.log1p(safe), jnp.log1p(-safe)
+        return 0.5 * (left - right), _unless(jnp.abs(y) >= 1, -left - right)
+
+
+class LeakyTanh(AbstractElementwise):
+    """tanh within ±bound and its tangent line beyond: ℝ to ℝ, continuous with its derivative.
+
+    A squashing map whose inverse never saturates. It has no parameters; zero maps to zero with
+    slope one.
+
+    Args:
+        shape: Event shape.
+        bound: Where the lines take over, > 0.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+    bound: float = eqx.field(static=True)
+
+    def __init__(self, shape: Shape = (), *, bound: float = 3.0):
+        if not 0 < bound <= 8:
+            raise InputError(f"LeakyTanh: bound must lie in (0, 8], not {bound}.")
+        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        self.bound = float(bound)
+
+    def forward_kernel(self, params, x):
+        """``(tanh c + slope · (x − c), ln(1 − tanh² c))`` with c = x clipped to ±bound."""
+        near = jnp.clip(x, -self.bound, self.bound)
+        slope = 1 / math.cosh(self.bound) ** 2
+        return jnp.tanh(near) + slope * (x - near), _log_sech2(near)
+
+    def inverse_kernel(self, params, y):
+        """The inverse of the same two pieces."""
+        edge, steepness = math.tanh(self.bound), math.cosh(self.bound) ** 2
+        near = jnp.clip(y, -edge, edge)
+        left, right = jnp.log1p(near), jnp.log1p(-near)
+        return 0.5 * (left - right) + steepness * (y - near), -left - right
+
+
+class Power(AbstractElementwise):
+    """y = x^a, from (0, ∞) to (0, ∞), with log-det ln a + (a − 1) ln x.
+
+    One parameter; a = softplus(raw + ln(e − 1)), so zero means a = 1, the identity.
+
+    Args:
+        exponent: a > 0.
+        shape: Event shape, by default that of `exponent`.
+
+    Raises:
+        InputError: If an exponent is not positive.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, exponent: ArrayLike = 1.0, *, shape: Shape | None = None):
+        exponent = _as_float(exponent)
+        if not isinstance(exponent, Tracer) and not bool((exponent > 0).all()):
+            raise InputError("Power: every exponent must be greater than zero.")
+        raw = jnp.where(exponent == 1, jnp.zeros_like(exponent), positive_inverse(exponent))
+        self.in_shape = raw.shape if shape is None else tuple(shape)
+        self.params = jnp.broadcast_to(raw, self.in_shape)[None]
+
+    @staticmethod
+    def _run(exponent, log_exponent, x):
+        log_x = jnp.log(_clip_positive(x))
+        log_det = log_exponent + (exponent - 1) * log_x
+        return _clamped_exp(exponent * log_x), _unless(_not_positive(x), log_det)
+
+    def forward_kernel(self, params, x):
+        """``(x^a, ln a + (a − 1) ln x)``; −inf for x ≤ 0."""
+        exponent = _positive(params[0])
+        return self._run(exponent, jnp.log(exponent), x)
+
+    def inverse_kernel(self, params, y):
+        """``(y^{1/a}, −ln a + (1/a − 1) ln y)``; −inf for y ≤ 0."""
+        exponent = _positive(params[0])
+        return self._run(1 / exponent, -jnp.log(exponent), y)
+
+
+class SinhArcsinh(AbstractElementwise):
+    """y = sinh(t · (arsinh x + s)): skewness s and tail weight t (Jones & Pewsey 2009).
+
+    Two parameters, ``(s, raw)`` with t = softplus(raw + ln(e − 1)) > 0; heavier tails for t > 1.
+    The log-det is ln t + ln cosh u − ln cosh(arsinh x), with u the argument of sinh.
+
+    Args:
+        skew: s.
+        tail: t > 0; broadcast against `skew`.
+        shape: Event shape, by default that of the two broadcast together.
+
+    Raises:
+        InputError: If a tail weight is not positive.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, skew: ArrayLike = 0.0, tail: ArrayLike = 1.0, *, shape: Shape | None = None):
+        skew, tail = _as_float(skew), _as_float(tail)
+        if not isinstance(tail, Tracer) and not bool((tail > 0).all()):
+            raise InputError("SinhArcsinh: every tail weight must be greater than zero.")
+        raw = jnp.where(tail == 1, jnp.zeros_like(tail), positive_inverse(tail))
+        if shape is None:
+            shape = jnp.broadcast_shapes(skew.shape, raw.shape)
+        self.in_shape = tuple(shape)
+        self.params = jnp.stack([jnp.broadcast_to(v, shape) for v in (skew, raw)])
+
+    def forward_kernel(self, params, x):
+        """``(sinh u, ln t + ln cosh u − ln cosh v)`` with v = arsinh x and u = t · (v + s)."""
+        skew, tail = params[0], _positive(params[1])
+        v = jnp.arcsinh(_finite(x))
+        u = tail * (v + skew)
+        return _clamped_sinh(u), _unless(jnp.isinf(x), jnp.log(tail) + _log_cosh(u) - _log_cosh(v))
+
+    def inverse_kernel(self, params, y):
+        """``(sinh u, −ln t + ln cosh u − ln cosh v)`` with v = arsinh y and u = v / t − s."""
+        skew, tail = params[0], _positive(params[1])
+        v = jnp.arcsinh(_finite(y))
+        u = v / tail - skew
+        return _clamped_sinh(u), _unless(jnp.isinf(y), _log_cosh(u) - _log_cosh(v) - jnp.log(tail))
+
+
+def _as_float(value: ArrayLike) -> Array:
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(float)
+
+
+def _positive(raw: Array) -> Array:
+    """`positive`, with its argument kept where neither it nor its logarithm underflows."""
+    return positive(jnp.maximum(raw, -80.0))
+
+
+def _tiny(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).tiny)
+
+
+def _log_tiny(x: Array) -> float:
+    return math.log(_tiny(x))
+
+
+def _largest(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).max)
+
+
+def _epsneg(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).epsneg)
+
+
+def _finite(x: Array) -> Array:
+    return jnp.clip(x, -_largest(x), _largest(x))
+
+
+def _clip_positive(x: Array) -> Array:
+    return jnp.clip(x, _tiny(x), _largest(x))
+
+
+def _not_positive(x: Array) -> Array:
+    """Outside (0, ∞); False for NaN, which must stay NaN."""
+    return (x <= 0) | (x == jnp.inf)
+
+
+def _unless(outside: Array, log_det: Array) -> Array:
+    return jnp.where(outside, -jnp.inf, log_det)
+
+
+def _clamped_exp(x: Array) -> Array:
+    """The exponential within the normal numbers, a hair below the largest."""
+    return jnp.exp(jnp.clip(x, _log_tiny(x) + 1e-4, math.log(_largest(x)) - 1e-4))
+
+
+def _clamped_sinh(u: Array) -> Array:
+    """The hyperbolic sine without overflow; half the largest number is far enough out."""
+    edge = math.log(_largest(u)) - 1
+    return jnp.sinh(jnp.clip(u, -edge, edge))
+
+
+def _log_cosh(u: Array) -> Array:
+    """The logarithm of cosh u, smooth at zero and free of overflow."""
+    return u + jax.nn.softplus(-2 * u) - _LOG_TWO
+
+
+def _log_sech2(x: Array) -> Array:
+    """The logarithm of 1 − tanh² x."""
+    return -2 * _log_cosh(x)
