@@ -1,0 +1,263 @@
+"""Read a numeric table from a file or a built-in set, and write one; errors name the cell.
+
+Everything is float64 on the host: nothing here touches JAX.
+"""
+
+import difflib
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from laminar._errors import InputError
+from laminar._files import atomic_write
+from laminar.tables.arrow import arrow, read_arrow, read_csv, read_parquet
+from laminar.tables.table import (
+    Table,
+    array_table,
+    choose,
+    first_line,
+    listing,
+    refuse_duplicates,
+    refuse_non_finite,
+)
+
+SUFFIXES = (".csv", ".tsv", ".csv.gz", ".parquet", ".arrow", ".feather", ".npy", ".npz")
+"""The file formats that are read and written, told apart by suffix."""
+
+
+def read_table(
+    spec: str | os.PathLike[str], columns: Sequence[str] | None = None, also: Sequence[str] = ()
+) -> Table:
+    """Read columns of a table; every cell must be a finite number.
+
+    Args:
+        spec: A path ending in one of `SUFFIXES`; ``file.npz:key`` for one array of an NPZ archive;
+            or ``builtin:NAME`` (see `laminar.tables.builtin`). CSV files have a header line and are
+            separated by commas, semicolons or tabs.
+        columns: The columns wanted, in this order; all of them when None.
+        also: Columns wanted besides those; a built-in set may have some that it does not give
+            unasked, such as the class of a flower.
+
+    Returns:
+        The table, float64. Booleans become 0 and 1, decimals the nearest float64.
+
+    Raises:
+        InputError: When there is no such file, column or set, or a cell is missing, not a number,
+            infinite, or an integer that float64 cannot hold.
+    """
+    wanted = None if columns is None else list(dict.fromkeys([*columns, *also]))
+    if columns is not None:
+        refuse_duplicates(columns, "The list of columns")
+    text = os.fspath(spec)
+    if text.startswith("builtin:"):
+        from laminar.tables.builtin import load_builtin
+
+        return load_builtin(text.removeprefix("builtin:"), wanted, also)
+    path, npz_key = _split_key(text)
+    reader = _READERS[_existing_file(path)]
+    try:
+        table = reader(path, wanted, also, npz_key)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
+    if len(table) == 0:
+        raise InputError(f"{path} has column names but no rows; add at least one row of numbers.")
+    refuse_non_finite(table)
+    return table
+
+
+def write_table(path: str | os.PathLike[str], columns: Mapping[str, np.ndarray]) -> None:
+    """Write columns of equal length to a file whose format its suffix says, all or nothing.
+
+    Floats are written so that reading gives the same float64 back. NPY holds one array (N, D)
+    without names; NPZ one array (N,) per column.
+
+    Args:
+        path: Where to write; the suffix is one of `SUFFIXES`. An existing file is replaced.
+        columns: Column name → array (N,).
+
+    Raises:
+        InputError: When the suffix is unknown or the file cannot be written.
+    """
+    suffix = table_suffix(os.fspath(path))
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    stream = io.BytesIO()
+    _WRITERS[suffix](stream, arrays)
+    atomic_write(path, stream.getvalue())
+
+
+def table_suffix(path: str) -> str:
+    """The suffix of a table file, among `SUFFIXES`, or an error that lists them."""
+    lower = path.lower()
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if lower.endswith(suffix):
+            return suffix
+    raise InputError(
+        f"{path} does not end in a known table format; use one of {', '.join(SUFFIXES)}."
+    )
+
+
+# --------------------------------------------------------------------------- NumPy's own files
+
+
+def _read_npy(path: str, wanted: list[str] | None, also: Sequence[str], _key: None) -> Table:
+    return _from_numpy(_load_numpy(path), wanted, also, path)
+
+
+def _read_npz(path: str, wanted: list[str] | None, also: Sequence[str], key: str | None) -> Table:
+    archive = _load_numpy(path)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise InputError(f"{path} holds a single array; give it the suffix .npy.")
+    with archive:
+        arrays = {name: _npz_entry(archive, name, path) for name in archive.files}
+    if key is not None:
+        if key not in arrays:
+            near = difflib.get_close_matches(key, arrays, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it holds {listing(list(arrays))}."
+            raise InputError(f"{path} has no array {key!r}; {hint}")
+        return _from_numpy(arrays[key], wanted, also, f"{path}:{key}")
+    flat = [name for name, array in arrays.items() if array.ndim == 2]
+    if len(flat) == 1:
+        return _from_numpy(arrays[flat[0]], wanted, also, path)
+    lengths = {array.shape for array in arrays.values()}
+    if not flat and len(lengths) == 1 and len(next(iter(lengths))) == 1:
+        names = choose(list(arrays), wanted, also, path)
+        parts = [array_table(arrays[name], [name], path).values for name in names]
+        return Table(tuple(names), np.concatenate(parts, axis=1), path)
+    shapes = listing([f"{name} {array.shape}" for name, array in arrays.items()])
+    raise InputError(
+        f"{path} holds {shapes or 'no arrays'}, so it is not clear which is the table; name one "
+        f"as {path}:NAME."
+    )
+
+
+def _from_numpy(array: np.ndarray, wanted: list[str] | None, also: Sequence[str], path: str):
+    if array.dtype.names:
+        names = choose(list(array.dtype.names), wanted, also, path)
+        parts = [array_table(array[name], [name], path).values for name in names]
+        return Table(tuple(names), np.concatenate(parts, axis=1), path)
+    table = array_table(array, None, path)
+    names = choose(list(table.names), wanted, also, path)
+    return table if tuple(names) == table.names else table.select(names)
+
+
+def _load_numpy(path: str) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if "allow_pickle" in str(error) or "Object arrays" in str(error):
+            raise InputError(
+                f"{path} is not an array of numbers (or holds pickled objects, which are never "
+                f"loaded); save it with numpy.save from a numeric array."
+            ) from None
+        raise InputError(f"{path} is not a NumPy file: {first_line(error)}.") from None
+
+
+def _npz_entry(archive: Any, name: str, path: str) -> np.ndarray:
+    import zipfile
+
+    try:
+        return archive[name]
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path}: array {name!r} cannot be read: {first_line(error)}.") from None
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def _write_csv(stream: IO[bytes], columns: dict[str, np.ndarray], delimiter: str = ",") -> None:
+    pa, csv = arrow("csv")
+    options = csv.WriteOptions(delimiter=delimiter, quoting_style="needed")
+    csv.write_csv(pa.table(columns), stream, options)
+
+
+def _write_tsv(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+    _write_csv(stream, columns, "\t")
+
+
+def _write_gzip(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+    import gzip
+
+    with gzip.open(stream, "wb") as packed:
+        _write_csv(packed, columns)  # type: ignore[arg-type]
+
+
+def _write_parquet(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+    pa, pq = arrow("parquet")
+    pq.write_table(pa.table(columns), stream)
+
+
+def _write_arrow(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+    pa, feather = arrow("feather")
+    feather.write_feather(pa.table(columns), stream)
+
+
+def _write_npy(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+    stacked = np.column_stack([values.astype(np.float64) for values in columns.values()])
+    np.save(stream, stacked, allow_pickle=False)
+
+
+def _write_npz(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+    import zipfile
+
+    # np.savez takes names as keywords and so cannot write a column called "file".
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in columns.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, values, allow_pickle=False)
+
+
+# ------------------------------------------------------------------------------------ helpers
+
+_READERS: dict[str, Callable[[str, list[str] | None, Sequence[str], Any], Table]] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".csv.gz": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+}
+_WRITERS: dict[str, Callable[[IO[bytes], dict[str, np.ndarray]], None]] = {
+    ".csv": _write_csv,
+    ".tsv": _write_tsv,
+    ".csv.gz": _write_gzip,
+    ".parquet": _write_parquet,
+    ".arrow": _write_arrow,
+    ".feather": _write_arrow,
+    ".npy": _write_npy,
+    ".npz": _write_npz,
+}
+
+
+def _existing_file(path: str) -> str:
+    """The suffix of a file that is there, is a file, and is not empty."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{path} is a directory; name a table file in it.")
+    if not file.exists():
+        try:
+            neighbours = os.listdir(file.parent)
+        except OSError:
+            neighbours = []
+        near = difflib.get_close_matches(file.name, neighbours, n=1, cutoff=0.8)
+        hint = f"did you mean {file.parent / near[0]}?" if near else "check the path."
+        raise InputError(f"{path} does not exist; {hint}")
+    suffix = table_suffix(path)
+    if file.is_file() and file.stat().st_size == 0:
+        raise InputError(f"{path} is empty; it needs column names and rows of numbers.")
+    return suffix
+
+
+def _split_key(text: str) -> tuple[str, str | None]:
+    """Split ``file.npz:key``, unless there is a file of that whole name."""
+    head, mark, key = text.rpartition(":")
+    if mark and head.lower().endswith(".npz") and not Path(text).exists():
+        return head, key
+    return text, None
