@@ -1,0 +1,106 @@
+"""Every bijection is one line in CASES, at random parameters of order one.
+
+A zero-initialised map is the identity and would pass anything, so `make(key)` must return a
+bijection whose trained leaves are random: `randomise(bijection, key)` does that.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+
+from laminar._params import partition
+from laminar.bijections import compose, elementwise
+from laminar.bijections.base import AbstractTransform, Identity, Invert
+
+INF = math.inf
+
+
+class Case(NamedTuple):
+    """One bijection of the contract suite.
+
+    Attributes:
+        name: Unique; the test's name.
+        make: ``make(key)`` gives the bijection at random order-one parameters.
+        domain: The interval on which every input of `forward` is valid.
+        image: The interval on which every input of `inverse` is valid.
+        slack: Factor on the error budgets, for maps that amplify rounding; say why where it is
+            not one.
+    """
+
+    name: str
+    make: Callable[..., AbstractTransform]
+    domain: tuple[float, float] = (-INF, INF)
+    image: tuple[float, float] = (-INF, INF)
+    slack: float = 1.0
+
+
+def randomise(bijection, key, scale: float = 1.0):
+    """Replace every trained leaf by normal draws of standard deviation `scale`."""
+    trained, rest = partition(bijection)
+    leaves, treedef = jtu.tree_flatten(trained)
+    keys = jr.split(key, max(len(leaves), 1))
+    drawn = [
+        scale * jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)
+    ]
+    return eqx.combine(jtu.tree_unflatten(treedef, drawn), rest)
+
+
+def _affine(shape):
+    return lambda key: randomise(elementwise.Affine(shape=shape), key)
+
+
+E, C = elementwise, compose
+PERM = np.array([2, 0, 1])
+
+ELEMENTWISE = [
+    Case("affine", lambda key: randomise(E.Affine(shape=(3,)), key)),
+    Case("affine_scalar", lambda key: randomise(E.Affine(), key)),
+    Case("affine_bounded", lambda key: randomise(E.Affine(shape=(3,), max_log_scale=2.0), key)),
+    Case("shift", lambda key: randomise(E.Shift(shape=(2, 2)), key)),
+    Case("exp", lambda key: E.Exp((3,)), image=(0, INF)),
+    Case("softplus", lambda key: E.Softplus((3,)), image=(0, INF)),
+    Case("sigmoid", lambda key: E.Sigmoid((3,)), image=(0, 1)),
+    Case("logit", lambda key: E.logit((3,)), domain=(0, 1)),
+    Case("tanh", lambda key: E.Tanh((3,)), image=(-1, 1)),
+    Case("leaky_tanh", lambda key: E.LeakyTanh((3,), bound=1.0)),
+    Case("power", lambda key: randomise(E.Power(shape=(3,)), key), domain=(0, INF), image=(0, INF)),
+    Case("sinh_arcsinh", lambda key: randomise(E.SinhArcsinh(shape=(3,)), key)),
+    Case(
+        "adapted_chain",
+        lambda key: randomise(
+            E.as_elementwise(compose.Chain([E.Affine(), E.SinhArcsinh(), E.Shift()])), key
+        ),
+    ),
+]
+
+COMPOSED = [
+    Case("identity", lambda key: Identity((3,))),
+    Case("invert", lambda key: Invert(randomise(E.Affine(shape=(3,)), key))),
+    Case("chain", lambda key: randomise(C.Chain([E.Affine(shape=(3,)), C.reverse(3)]), key)),
+    Case("chain_bounded", lambda key: C.Chain([_affine((2,))(key), E.Tanh((2,))]), image=(-1, 1)),
+    Case("repeat", lambda key: C.repeat(_layer, 3, key=key)),
+    Case("independent", lambda key: C.Independent(_affine((2,))(key), 3)),
+    Case(
+        "independent_stacked",
+        lambda key: C.Independent(eqx.filter_vmap(_affine((2,)))(jr.split(key, 3)), 3, True),
+    ),
+    Case("reshape", lambda key: C.Reshape((2, 3), (6,))),
+    Case("permute", lambda key: C.Permute(PERM)),
+    Case("permute_rows", lambda key: C.Permute(PERM, (3, 2))),
+    Case("indexed", lambda key: C.Indexed(_affine((2,))(key), [0, 2], 4)),
+]
+
+
+def _layer(key):
+    """One layer with a permutation of its own."""
+    affine_key, perm_key = jr.split(key)
+    return C.Chain([_affine((3,))(affine_key), C.random_permutation(3, key=perm_key)])
+
+
+# Other tiers append their lists here.
+CASES: list[Case] = [*ELEMENTWISE, *COMPOSED]
