@@ -1,1 +1,26 @@
 """Training: sources of batches, the pure step, the loop, and checkpoints."""
+
+from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from laminar.train.fit import fit
+from laminar.train.history import History
+from laminar.train.source import ArraySource, Cursor, MappedSource, Stream
+from laminar.train.state import Info, Rate, Recipe, TrainState, init, step, validate
+
+__all__ = [
+    "ArraySource",
+    "Checkpoint",
+    "Cursor",
+    "History",
+    "Info",
+    "MappedSource",
+    "Rate",
+    "Recipe",
+    "Stream",
+    "TrainState",
+    "fit",
+    "init",
+    "load_checkpoint",
+    "save_checkpoint",
+    "step",
+    "validate",
+]

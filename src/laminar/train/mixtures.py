@@ -19,6 +19,8 @@ from scipy.special import logsumexp, ndtri
 
 _LOG_TWO_PI = math.log(2 * math.pi)
 _TINY = 1e-10
+_BLOCK = 500_000
+_NEAR = 1e-7
 
 
 class Components(NamedTuple):
@@ -29,14 +31,20 @@ class Components(NamedTuple):
     factors: np.ndarray
 
     def log_parts(self, x: np.ndarray) -> np.ndarray:
-        """ln w_k + ln N(x; μ_k, Σ_k), rows by components."""
-        out = np.empty((len(x), len(self.weights)))
-        eye = np.eye(x.shape[1])
-        for k, (mean, factor) in enumerate(zip(self.means, self.factors, strict=True)):
-            whiten = solve_triangular(factor, eye, lower=True)
-            z = (x - mean) @ whiten.T
-            out[:, k] = -0.5 * np.einsum("nd,nd->n", z, z) + np.log(np.diag(whiten)).sum()
-        return out - 0.5 * x.shape[1] * _LOG_TWO_PI + np.log(self.weights)
+        """The log-density of each row (N,) under each component, ln w_k + ln N(x; μ_k, Σ_k)."""
+        count, dim = self.means.shape
+        # One product with all inverse factors side by side; L⁻¹ x and L⁻¹ μ are then subtracted.
+        whiten = np.stack([solve_triangular(f, np.eye(dim), lower=True) for f in self.factors])
+        flat = whiten.transpose(2, 0, 1).reshape(dim, count * dim)
+        shift = np.einsum("kij,kj->ki", whiten, self.means)
+        constant = np.log(np.diagonal(whiten, axis1=1, axis2=2)).sum(1) + np.log(self.weights)
+        out = np.empty((len(x), count))
+        step = max(_BLOCK // (count * dim), 1)
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            z = (x[rows] @ flat).reshape(-1, count, dim) - shift
+            out[rows] = constant - 0.5 * np.einsum("nkd,nkd->nk", z, z)
+        return out - 0.5 * dim * _LOG_TWO_PI
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """The log-density of each row."""
@@ -114,14 +122,15 @@ def _clusters(x, count, w, seed):
 
 
 def _maximise(x, r, prior, prior_rows) -> Components:
-    n, dim = x.shape
-    count = r.shape[1]
+    dim, count = x.shape[1], r.shape[1]
     rows = r.sum(0) + 1e-9
     means = (r.T @ x) / rows[:, None]
     factors = np.empty((count, dim, dim))
     jitter = _TINY * np.eye(dim)
     for k in range(count):
-        y = (x - means[k]) * np.sqrt(r[:, k])[:, None]
+        # Rows far from the component add nothing; leaving them out makes K components cost as one.
+        near = r[:, k] > _NEAR
+        y = (x[near] - means[k]) * np.sqrt(r[near, k])[:, None]
         factors[k] = np.linalg.cholesky((y.T @ y + prior) / (rows[k] + prior_rows) + jitter)
     return Components((rows + 1) / (rows.sum() + count), means, factors)
 
@@ -148,7 +157,7 @@ def kernel_log_prob(kernels: Components, x: np.ndarray) -> np.ndarray:
 
 
 class Knots(NamedTuple):
-    """A monotone map of every column through knots: latent z (K, D), data x (K, D), slopes dx/dz."""
+    """Every column's map through knots: latent z (K, D), data x (K, D), slopes dx/dz (K, D)."""
 
     z: np.ndarray
     x: np.ndarray

@@ -1,0 +1,140 @@
+"""When things happen in a training run: segments, validations, the final decay, the end."""
+
+import math
+import time
+from typing import Any
+
+from laminar.objectives import Batch
+from laminar.train.state import Rate
+
+_LENGTH = 1000
+_DECAY_PART = 0.2
+_MARGIN = 0.95
+
+
+class Clock:
+    """Decides by steps where there is a budget of steps, and by time where there is a time limit.
+
+    How many steps a segment takes follows the clock on the wall in both cases, but changes no
+    number: with a budget of steps, validations and the end stand at fixed steps.
+
+    Args:
+        begun: ``time.monotonic()`` at the start of the run.
+        steps: Budget of steps, or None.
+        time_limit: Seconds, or None.
+        validate_every: Steps between validations, or None to choose.
+        feed: The feed, for its batch size and for how many batches it can hold.
+        held_out: The validation rows, or None.
+    """
+
+    def __init__(
+        self,
+        begun: float,
+        steps: int | None,
+        time_limit: float | None,
+        validate_every: int | None,
+        feed: Any,
+        held_out: Batch | None,
+    ):
+        self._begun, self.steps, self.limit = begun, steps, time_limit
+        rows = 0 if held_out is None else len(held_out.x)
+        # A row costs a third in validation of what it costs in training: this keeps the whole of
+        # validation under about a seventh of the time.
+        cheap = math.ceil(2.5 * rows / feed.size)
+        budget = _LENGTH if steps is None else steps
+        self.validate_every = validate_every or max(math.ceil(budget / 50), cheap, 10)
+        self.length = feed.capacity or _LENGTH
+        self._fixed = feed.capacity is not None
+        self._before = 0.0
+        self._calls = 0
+        self._pace: float | None = None
+        self._marked = begun
+        self._decay: tuple[int, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"decay": None if self._decay is None else list(self._decay)}
+
+    def resume(self, seconds: float, written: dict[str, Any]) -> None:
+        """Go on where another clock was: its seconds count, and a decay once begun stays."""
+        self._before = seconds
+        decay = written.get("decay")
+        self._decay = None if decay is None else (decay[0], decay[1])
+
+    def elapsed(self) -> float:
+        """Seconds of the run so far."""
+        return self._before + time.monotonic() - self._begun
+
+    def begin(self, step: int) -> None:
+        """Start the stop-watch of the first segment."""
+        self._marked = time.monotonic()
+
+    def count(self, step: int) -> tuple[int, int]:
+        """How many steps the next segment takes, and how many the one after it is likely to.
+
+        A feed that reads ahead gets segments of a length known in advance; otherwise a segment
+        takes about a second.
+        """
+        count = self._up_to_mark(step, self.length)
+        if not self._fixed or self.limit is not None:
+            if self._pace is None:
+                wanted = 1 if self._calls == 0 else 10
+            else:
+                seconds = 1.0 if self.limit is None else min(1.0, 0.02 * self.limit)
+                wanted = max(int(seconds * self._pace), 1)
+            count = min(count, wanted)
+        after = step + count
+        following = 0 if self._end() == after else self._up_to_mark(after, self.length)
+        return count, following
+
+    def tick(self, step: int, count: int) -> float:
+        """Note that a segment has ended; the first one, which compiles, is not timed."""
+        now = time.monotonic()
+        self._calls += 1
+        if self._calls > 1:
+            self._pace = count / max(now - self._marked, 1e-6)
+        self._marked = now
+        return self.elapsed()
+
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows this step."""
+        return step % self.validate_every == 0 or step == self._end()
+
+    def rate(self, rate: Rate, step: int) -> Rate:
+        """The learning rate, with its final decay once the time limit comes near."""
+        if self.limit is None:
+            return rate
+        if self._decay is None and self._pace is not None:
+            left = self.limit - self.elapsed()
+            steps = max(int(left * self._pace * _MARGIN), 1)
+            due = left <= _DECAY_PART * self.limit
+            if self.steps is not None:
+                steps = min(steps, self.steps - step)
+                due = due or step >= (1 - _DECAY_PART) * self.steps
+            if due:
+                self._decay = (step, steps)
+        return rate if self._decay is None else rate.decaying(*self._decay)
+
+    def finished(self, step: int) -> str:
+        """Why training ends after this step, or nothing."""
+        if self.steps is not None and step >= self.steps:
+            return "steps"
+        if self.limit is not None:
+            decayed = self._decay is not None and step >= sum(self._decay)
+            if decayed or self.elapsed() >= self.limit:
+                return "time limit"
+        return ""
+
+    def _end(self) -> int | None:
+        """The step after which training ends, where it is known."""
+        decayed = None if self._decay is None else sum(self._decay)
+        known = [e for e in (self.steps, decayed) if e is not None]
+        return min(known) if known else None
+
+    def _up_to_mark(self, step: int, most: int) -> int:
+        """Steps until the next validation or the end, at most so many."""
+        end = self._end()
+        mark = (step // self.validate_every + 1) * self.validate_every
+        if end is not None:
+            mark = min(mark, max(end, step + 1))
+        return min(mark - step, most)

@@ -1,0 +1,462 @@
+"""The training loop: compiled segments of many steps, one synchronisation with the host for each.
+
+A segment is one compiled loop whose number of steps is an argument, so one program serves every
+segment, and where the host cuts has no influence on the numbers: what happens at fixed steps
+(validation, the end) depends on the step alone. That is why a run that was killed and resumed ends
+with the same bits as one that was not.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from laminar._errors import InputError, TrainingError
+from laminar._files import PathLike
+from laminar._params import Frozen
+from laminar._typing import Array, PRNGKeyArray, PyTree
+from laminar.bijections.base import AbstractTransform
+from laminar.objectives import Batch, nll
+from laminar.train.blame import find_blame
+from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from laminar.train.clock import Clock
+from laminar.train.feed import (
+    ArrayFeed,
+    Placement,
+    Rows,
+    Stack,
+    StreamFeed,
+    place,
+    prepare,
+    stack_held_out,
+)
+from laminar.train.history import History
+from laminar.train.progress import Progress
+from laminar.train.source import seed_words
+from laminar.train.state import (
+    Assessment,
+    Info,
+    Objective,
+    Recipe,
+    Schedule,
+    TrainState,
+    init,
+    step,
+    validate,
+)
+
+T = TypeVar("T")
+
+_INIT_ROWS = 4096
+
+
+def fit(
+    key: PRNGKeyArray,
+    flow: T,
+    data: Any,
+    *,
+    condition: PyTree = None,
+    weights: Any = None,
+    validation: float | Batch | None = 0.1,
+    objective: Objective = nll,
+    steps: int | None = None,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    schedule: Schedule | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    clip: float | None = 5.0,
+    weight_decay: float = 1e-4,
+    ema: float | None = None,
+    patience: int | None = 20,
+    validate_every: int | None = None,
+    time_limit: float | None = None,
+    freeze: Callable[[T], Any] | None = None,
+    warm_start: bool = False,
+    max_rollbacks: int = 5,
+    checkpoint: PathLike | Checkpoint | None = None,
+    resume: bool = False,
+    devices: int | Sequence[jax.Device] | Mesh | None = None,
+    progress: bool | None = None,
+) -> tuple[T, History]:
+    """Train a flow on data.
+
+    Args:
+        key: Random key. It decides the validation split, the order of rows and the objective's
+            draws, so the same call gives the same bits.
+        flow: The flow to train. It is not changed; its arrays are copied once.
+        data: Rows along the first axis: an array; a `Batch`; or a source: `ArraySource`,
+            `MappedSource` for arrays larger than memory, or a stream of one's own
+            (`laminar.train.Stream`). A memory-mapped array is read as a `MappedSource`.
+        condition: One condition for each row of an array.
+        weights: One non-negative weight for each row of an array, honoured in validation too.
+        validation: Fraction of the rows to hold out, or a `Batch` of held-out rows, or None. The
+            rows held out depend on `key` alone, and all of them are used every time. Of a
+            `MappedSource` at most 100,000 rows are held out.
+        objective: ``(flow, batch, key) -> (loss, aux)``, a weighted mean over the batch.
+        steps: Steps of gradient descent; by default about 50 epochs, at least 2,000 and at most
+            20,000, or no limit when there is a `time_limit`.
+        batch_size: Rows for each step, at most all of them.
+        learning_rate: Peak rate, after a short warm-up.
+        schedule: ``"cosine"``, down to zero at the last step, or ``"constant"``. None means cosine,
+            but constant under a time limit or with an `optimizer` of one's own.
+        optimizer: Any Optax transformation, learning rate included, in place of AdamW; a schedule
+            multiplies its updates.
+        clip: Largest global norm of a gradient, or None.
+        weight_decay: Decay of the weight matrices of networks, decoupled as in AdamW.
+        ema: Decay of a moving average of the parameters, such as 0.999. The average is validated
+            too and returned where it is better (or always, without validation).
+        patience: Stop after so many validations without a better one; None never does.
+        validate_every: Steps between validations, by default a fiftieth of the budget, or more
+            where validation would take a large part of the time.
+        time_limit: Seconds in all, compilation included. The rate is constant and falls linearly to
+            zero over the last fifth, so the result depends on the machine's speed.
+        freeze: ``lambda flow: flow.base`` (or a tuple of parts): what is not trained.
+        warm_start: Go on from the flow as it is: data-dependent initialisation (ActNorm) is
+            skipped.
+        max_rollbacks: Non-finite steps that are taken back, each halving the rate, before training
+            stops with an error.
+        checkpoint: A file for the whole state of training, by default saved every minute; or a
+            `Checkpoint` that says when.
+        resume: Go on from the checkpoint if it exists. With a budget of steps the result has the
+            same bits as that of an uninterrupted run.
+        devices: Share each batch among devices: how many, which, or a mesh of one axis. Parameters
+            and data are replicated.
+        progress: Show progress on standard error; None shows it on a terminal only.
+
+    Returns:
+        The flow with the parameters of the lowest held-out loss (the last ones without validation),
+        the initial ones included, and the history.
+
+    Raises:
+        InputError: If data, options or checkpoint do not fit.
+        TrainingError: If training stays non-finite; it names the step, the part of the flow and
+            the rows.
+    """
+    begun = time.monotonic()
+    _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule)
+    shuffle_key, split_key, step_key, validation_key = jr.split(key, 4)
+    placement = place(devices)
+    split_seed = np.asarray(seed_words(split_key))
+    source, rows, held_out = prepare(flow, data, condition, weights, validation, split_seed)
+    feed = _make_feed(flow, source, rows, seed_words(shuffle_key), batch_size, placement)
+    try:
+        if steps is None and time_limit is None:
+            steps = int(np.clip(50 * feed.steps_per_epoch, 2_000, 20_000))
+        clock = Clock(begun, steps, time_limit, validate_every, feed, held_out)
+        recipe = Recipe(
+            flow,
+            objective=objective,
+            steps=steps,
+            learning_rate=learning_rate,
+            schedule="constant" if time_limit is not None else schedule,
+            optimizer=optimizer,
+            clip=clip,
+            weight_decay=weight_decay,
+            ema=ema,
+            freeze=freeze,
+            max_rollbacks=max_rollbacks,
+        )
+        settings = {
+            "key": np.asarray(_key_data(key)).tolist(),
+            "data": feed.fingerprint(),
+            "batch_size": feed.size,
+            "steps": None if time_limit is not None else steps,
+            "validate_every": clock.validate_every,
+            "held_out_rows": 0 if held_out is None else len(held_out.x),
+            "learning_rate": learning_rate,
+            "schedule": recipe.rate.schedule,
+            "clip": clip,
+            "weight_decay": weight_decay,
+            "ema": ema,
+            "max_rollbacks": max_rollbacks,
+            "devices": placement.devices,
+        }
+        if isinstance(checkpoint, str) or hasattr(checkpoint, "__fspath__"):
+            checkpoint = Checkpoint(checkpoint)
+        run = _Run(feed, clock, checkpoint, settings, placement, patience)
+        if resume and run.checkpoint is None:
+            raise InputError("resume needs the file to resume from; give checkpoint=.")
+        resumed = resume and run.checkpoint.exists
+        if not (warm_start or resumed):
+            flow = init_from_data(flow, feed.sample(max(feed.size, _INIT_ROWS)))
+        state = init(step_key, flow, recipe)
+        history = History()
+        if resumed:
+            state, history, written = load_checkpoint(run.checkpoint.path, state, settings)
+            clock.resume(history.seconds, written["clock"])
+        state = placement.put(state)
+        chunks = None
+        if held_out is not None:
+            chunks = stack_held_out(held_out, feed.size, placement)
+        with Progress(progress, steps, time_limit) as shown:
+            state, history = run.loop(state, history, recipe, chunks, validation_key, shown)
+            shown.finish(_closing_words(history))
+        return _result(state, history, recipe, placement), history
+    finally:
+        feed.close()
+
+
+def _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule) -> None:
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("patience", patience),
+        ("validate_every", validate_every),
+    ):
+        if value is not None and (value != int(value) or value < 1):
+            raise InputError(f"{name} is {value}; give a whole number from 1 upwards.")
+    if time_limit is not None and not time_limit > 0:
+        raise InputError(f"time_limit is {time_limit}; give a positive number of seconds.")
+    if time_limit is not None and schedule == "cosine":
+        raise InputError(
+            "A cosine schedule needs a budget of steps; under a time limit the rate is constant "
+            "with a final decay, so leave schedule out."
+        )
+
+
+def _key_data(key: PRNGKeyArray) -> Array:
+    return jr.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+
+
+def _make_feed(flow, source, rows, seed, batch_size: int, placement: Placement):
+    n = placement.devices
+    if isinstance(source, Batch) or rows is not None:
+        count = len(source.x) if isinstance(source, Batch) else len(source)
+        batch_size = min(batch_size, count)
+        batch_size -= batch_size % n
+        if batch_size == 0:
+            raise InputError(
+                f"A batch must have a row for each of the {n} devices; there are {count} rows."
+            )
+    if isinstance(source, Batch):
+        return ArrayFeed(source, rows, seed, batch_size, placement)
+    return StreamFeed(source, rows, seed, batch_size, placement, flow)
+
+
+def init_from_data(flow: T, batch: Batch) -> T:
+    """The flow with its data-dependent parameters (ActNorm) set from a batch."""
+    bijection = getattr(flow, "bijection", None)
+    if bijection is None or isinstance(bijection, Frozen) or not _wants_data(bijection):
+        return flow
+
+    @eqx.filter_jit
+    def initialised(flow, batch):
+        inner, condition = flow, batch.condition
+        if condition is not None:
+            inner, condition = flow._encode(condition)
+        last = jtu.tree_map(lambda a: jnp.moveaxis(a, 0, -1), (batch.x, condition))
+        return inner.bijection.init_from_data(*last)
+
+    done = initialised(flow, jtu.tree_map(jnp.asarray, batch))
+    return eqx.tree_at(lambda f: f.bijection, flow, done)
+
+
+def _wants_data(bijection: AbstractTransform) -> bool:
+    """Whether some elementary part has parameters of its own to learn from data."""
+
+    def is_part(x):
+        return isinstance(x, AbstractTransform) and x is not bijection
+
+    parts = [p for p in jtu.tree_leaves(bijection, is_leaf=is_part) if is_part(p)]
+    if parts:
+        return any(_wants_data(p) for p in parts)
+    return type(bijection).init_from_data is not AbstractTransform.init_from_data
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _segment(
+    fixed: tuple[Recipe, Rows | Stack, Array, int, Placement], state: TrainState
+) -> tuple[TrainState, Info]:
+    """Up to `length` steps in one compiled loop; nothing goes to the host before its end.
+
+    The number of steps is an array, so that segments of any length share one program.
+    """
+    recipe, batches, count, length, placement = fixed
+    dynamic, static = eqx.partition(state, eqx.is_array)
+    nothing = jnp.full((length,), jnp.nan, jnp.float32)
+    record = Info(nothing, nothing, nothing)
+
+    def body(carry):
+        i, cursor, dynamic, record = carry
+        cursor, batch = batches.next(cursor)
+        state, info = step(eqx.combine(dynamic, static), placement.spread(batch), recipe)
+        record = jtu.tree_map(lambda r, v: r.at[i].set(v), record, info)
+        return i + 1, cursor, eqx.filter(state, eqx.is_array), record
+
+    start = (jnp.zeros((), jnp.int32), batches.first(), dynamic, record)
+    _, _, dynamic, record = lax.while_loop(lambda carry: carry[0] < count, body, start)
+    return eqx.combine(dynamic, static), record
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _validate(
+    fixed: tuple[Recipe, Batch, PRNGKeyArray], state: TrainState
+) -> tuple[TrainState, Assessment]:
+    recipe, chunks, key = fixed
+    return validate(state, chunks, key, recipe)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The host's side of a run: decides how far each segment goes and keeps the books."""
+
+    feed: ArrayFeed | StreamFeed
+    clock: Clock
+    checkpoint: Checkpoint | None
+    settings: dict[str, Any]
+    placement: Placement
+    patience: int | None
+
+    def loop(
+        self,
+        state: TrainState,
+        history: History,
+        recipe: Recipe,
+        chunks: Batch | None,
+        key: PRNGKeyArray,
+        shown: Progress,
+    ) -> tuple[TrainState, History]:
+        """Train until the budget or the patience is spent."""
+        clock, books = self.clock, _Books(history)
+        done = history.steps
+        saved_at, saved_step = time.monotonic(), done
+        if chunks is not None and done == 0:
+            state, assessment = _validate((recipe, chunks, key), state)
+            books.add_assessment(0, clock.elapsed(), jax.device_get(assessment))
+        clock.begin(done)
+        while not books.history.stop_reason:
+            if clock.limit is not None:
+                recipe = eqx.tree_at(lambda r: r.rate, recipe, clock.rate(recipe.rate, done))
+            count, following = clock.count(done)
+            batches = self.feed.segment(done, count, following)
+            fixed = (recipe, batches, jnp.asarray(count, jnp.int32), clock.length, self.placement)
+            state, record = _segment(fixed, state)
+            done += count
+            assessment = None
+            if chunks is not None and clock.validates(done):
+                state, assessment = _validate((recipe, chunks, key), state)
+            # The one synchronisation of this segment.
+            watched = (record, assessment, state.rollbacks, state.best_step, state.best_loss)
+            record, assessment, rollbacks, *best = jax.device_get(watched)
+            if rollbacks >= recipe.max_rollbacks:
+                raise self._trouble(state, recipe)
+            elapsed = clock.tick(done, count)
+            books.add(record, count, elapsed, int(rollbacks), *best)
+            if assessment is not None:
+                books.add_assessment(done, elapsed, assessment)
+            reason = clock.finished(done)
+            if reason and chunks is not None and assessment is None:
+                state, assessment = _validate((recipe, chunks, key), state)
+                watched = assessment, state.best_step, state.best_loss
+                assessment, *best = jax.device_get(watched)
+                books.add_assessment(done, elapsed, assessment)
+                books.note_best(*best)
+            if not reason and assessment is not None and books.stale() >= (self.patience or np.inf):
+                reason = "patience"
+            books.history.stop_reason = reason
+            since = time.monotonic() - saved_at, done - saved_step
+            if self.checkpoint is not None and (reason or self.checkpoint.due(*since)):
+                self._save(state, books)
+                saved_at, saved_step = time.monotonic(), done
+            shown.update(done, elapsed, float(record.loss[count - 1]), books.best())
+        return state, books.finish()
+
+    def _save(self, state: TrainState, books: "_Books") -> None:
+        settings = {**self.settings, "clock": self.clock.to_dict()}
+        save_checkpoint(self.checkpoint.path, state, books.finish(), settings)
+
+    def _trouble(self, state: TrainState, recipe: Recipe) -> TrainingError:
+        """The error that says what went wrong at the last step taken back."""
+        failed_at = int(state.failed_at)
+        batch, words = self.feed.inspect(failed_at)
+        key = jr.fold_in(state.key, failed_at)
+        blame = find_blame(state.model, batch, key, recipe.objective, recipe.spec)
+        return TrainingError(
+            f"Training stopped at step {failed_at + 1}: {int(state.rollbacks)} steps were not "
+            f"finite, though each was taken back and the learning rate halved. The first part to "
+            f"give a non-finite value is {blame.part}, for {words(blame.rows)}. Look at these rows "
+            "for values far outside the others, or lower the learning rate."
+        )
+
+
+class _Books:
+    """A history in the making: lists that are joined when it is needed."""
+
+    def __init__(self, history: History):
+        self.history = history
+        self._loss, self._rate = [history.loss], [history.rate]
+
+    def add(self, record: Info, count: int, elapsed: float, rollbacks: int, step, loss) -> None:
+        """A segment's losses and rates, and where the best parameters stand."""
+        self._loss.append(record.loss[:count])
+        self._rate.append(record.rate[:count])
+        history = self.history
+        history.seconds, history.rollbacks = elapsed, rollbacks
+        self.note_best(step, loss)
+
+    def note_best(self, step, loss) -> None:
+        """Where the best parameters stand."""
+        if np.isfinite(loss):
+            self.history.best_step, self.history.best_loss = int(step), float(loss)
+
+    def add_assessment(self, step: int, elapsed: float, assessment: Assessment) -> None:
+        """The losses of a validation."""
+        history = self.history
+        for name, value in (
+            ("validation", assessment.loss),
+            ("validation_ema", assessment.ema_loss),
+            ("validation_steps", step),
+            ("validation_seconds", elapsed),
+        ):
+            array = getattr(history, name)
+            setattr(history, name, np.append(array, np.asarray(value, array.dtype)))
+
+    def stale(self) -> int:
+        """Validations since the best one."""
+        return int((self.history.validation_steps > self.history.best_step).sum())
+
+    def best(self) -> float | None:
+        """The best held-out loss, if there is one."""
+        return self.history.best_loss if np.isfinite(self.history.best_loss) else None
+
+    def finish(self) -> History:
+        """The history up to here."""
+        history = self.history
+        history.loss, history.rate = np.concatenate(self._loss), np.concatenate(self._rate)
+        self._loss, self._rate = [history.loss], [history.rate]
+        if not np.isfinite(history.best_loss):
+            history.best_step = history.steps
+        return history
+
+
+def _result(state: TrainState, history: History, recipe: Recipe, placement: Placement) -> Any:
+    """The flow to return, on one device."""
+    params, rest = eqx.partition(state.model, recipe.spec)
+    if np.isfinite(history.best_loss):
+        params = state.best
+    elif state.ema is not None:
+        params = state.ema
+    flow = eqx.combine(params, rest)
+    if placement.mesh is None:
+        return flow
+    arrays, static = eqx.partition(flow, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, placement.mesh.devices.flat[0]), static)
+
+
+def _closing_words(history: History) -> str:
+    text = f"{history.steps:,} steps in {history.seconds:.1f} s ({history.stop_reason})"
+    if np.isfinite(history.best_loss):
+        text += f", best held-out loss {history.best_loss:.4f} after {history.best_step:,} steps"
+    if history.rollbacks:
+        text += f", {history.rollbacks} non-finite steps taken back"
+    return text + "."
