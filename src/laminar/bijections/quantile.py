@@ -69,8 +69,7 @@ class QuantileMap(AbstractBijection):
         return y + beyond, log_det.sum(0)
 
     def inverse(self, y, condition=None, *, key=None):
-        """Data to latent, with the summed ln dz/dx, by the root of a quadratic that has no
-        cancellation."""
+        """Data to latent, with the summed ln dz/dx: the cancellation-free root of a quadratic."""
         left, right, r, secant, s_left, s_right, beyond = _bin(self.x, self.z, self.slope, y, True)
         # With r = (x − x_k) / (x_{k+1} − x_k) the forward formula is a t² + b t + c = 0.
         bend = s_left + s_right - 2 * secant

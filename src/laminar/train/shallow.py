@@ -1,0 +1,215 @@
+"""A density from mixtures, kernels and marginal maps alone, weighted on held-out rows.
+
+Candidates differ in the number of components, in the strength of the prior, and in whether the
+columns are made normal first. None is chosen: cross-validated log-densities give each its weight
+(stacking), which is never worse than the best of them by more than the noise of a few weights and
+usually much better.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.linalg import solve_triangular
+from scipy.special import gammaln, logsumexp
+
+from laminar.train import mixtures
+from laminar.train.mixtures import Components, Knots
+
+TAIL_DF = 2.0
+"""Degrees of freedom of the heavy-tailed candidate."""
+
+
+class Tail(NamedTuple):
+    """Independent Student-t entries behind a triangular map: x = mean + factor · t."""
+
+    mean: np.ndarray
+    factor: np.ndarray
+
+
+class Spec(NamedTuple):
+    """One candidate: a ``"mixture"`` in data space, a ``"marginal"`` one behind quantile maps, a
+    ``"kernel"`` density, or the heavy ``"tail"``.
+    """
+
+    kind: str
+    count: int = 1
+    strength: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """How to call it in a report."""
+        if self.kind == "tail":
+            return "tail"
+        if self.kind == "kernel":
+            return f"kernel(width={self.strength:g})"
+        return f"{self.kind}({self.count}, prior={self.strength:g})"
+
+
+class Shallow(NamedTuple):
+    """A weighted set of fitted candidates; all marginal ones share one `knots`."""
+
+    specs: tuple[Spec, ...]
+    weights: np.ndarray
+    parts: tuple
+    knots: Knots | None
+
+    def log_prob(self, x: np.ndarray) -> np.ndarray:
+        """The log-density of each row (N, D)."""
+        latent = None if self.knots is None else mixtures.apply_knots(self.knots, x)
+        logs = [_score(s, p, x, latent) for s, p in zip(self.specs, self.parts, strict=True)]
+        return logsumexp(np.stack(logs, 1) + np.log(self.weights), axis=1)
+
+
+def candidates(dim: int, counts: Sequence[int], widths: Sequence[float]) -> list[list[Spec]]:
+    """Paths of candidates, each in the order of growing size; a path is left once it gets worse."""
+    priors = sorted({0.1, 1.0, dim / 2 + 1})
+    paths = [
+        [Spec(kind, count, prior) for count in counts]
+        for kind in ("mixture", "marginal")
+        for prior in priors
+        if kind == "mixture" or prior >= 1
+    ]
+    paths.append([Spec("mixture", count, 2.0 * dim + 2) for count in counts])
+    paths.extend([[Spec("kernel", 0, width)] for width in widths])
+    return [*paths, [Spec("tail")]]
+
+
+def _fit(spec: Spec, x, weights, latent, seed, iterations):
+    if spec.kind == "tail":
+        mean = x.mean(0) if weights is None else weights @ x / weights.sum()
+        return Tail(mean, np.linalg.cholesky(mixtures.pooled_covariance(x, weights)))
+    if spec.kind == "kernel":
+        return mixtures.fit_kernels(x, spec.strength, diagonal=False, weights=weights)
+    rows = x if spec.kind == "mixture" else latent[0]
+    return mixtures.fit_components(
+        rows, spec.count, spec.strength, seed=seed, weights=weights, iterations=iterations
+    )
+
+
+def _score(spec: Spec, part, x, latent) -> np.ndarray:
+    if spec.kind == "tail":
+        return _tail_log_prob(part, x)
+    if spec.kind == "kernel":
+        return mixtures.kernel_log_prob(part, x)
+    if spec.kind == "mixture":
+        return part.log_prob(x)
+    return part.log_prob(latent[0]) + latent[1]
+
+
+def _tail_log_prob(tail: Tail, x: np.ndarray) -> np.ndarray:
+    z = solve_triangular(tail.factor, (x - tail.mean).T, lower=True)
+    half = 0.5 * (TAIL_DF + 1)
+    constant = gammaln(half) - gammaln(0.5 * TAIL_DF) - 0.5 * np.log(TAIL_DF * np.pi)
+    log_p = (constant - half * np.log1p(z**2 / TAIL_DF)).sum(0)
+    return log_p - np.log(np.diag(tail.factor)).sum()
+
+
+def search(
+    x: np.ndarray,
+    weights: np.ndarray | None,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
+    paths: Sequence[Sequence[Spec]],
+    *,
+    seed: int,
+    iterations: int = 60,
+    drop: float = 1.0,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> tuple[list[Spec], np.ndarray, np.ndarray]:
+    """Score the candidates on rows they were not fitted to.
+
+    Args:
+        x: Rows (N, D), float64.
+        weights: Sample weights (N,), or None.
+        folds: Pairs of row numbers, for fitting and for scoring.
+        paths: From `candidates`.
+        seed: For the starts of EM.
+        iterations: Of EM, at most.
+        drop: A path ends when its score is this many nats below its best.
+        out_of_time: Asked between fits; the candidates scored so far are then all there is.
+
+    Returns:
+        The candidates, their held-out log-densities (rows of all folds, candidates), and the
+        numbers of those rows.
+    """
+    held = np.concatenate([score for _, score in folds])
+    w_held = None if weights is None else weights[held]
+    latents = []
+    for fit, score in folds:
+        knots = mixtures.fit_knots(x[fit], _at(weights, fit))
+        latents.append([mixtures.apply_knots(knots, x[rows]) for rows in (fit, score)])
+    specs, logs = [], []
+    smallest = min(len(fit) for fit, _ in folds)
+    for path in sorted(paths, key=len):
+        best = -np.inf
+        for spec in path:
+            if spec.count > max(1, smallest // 4) or (specs and out_of_time()):
+                break
+            parts = [
+                _score(
+                    spec,
+                    _fit(spec, x[fit], _at(weights, fit), latent[0], seed, iterations),
+                    x[score],
+                    latent[1],
+                )
+                for (fit, score), latent in zip(folds, latents, strict=True)
+            ]
+            log_p = np.concatenate(parts)
+            specs.append(spec)
+            logs.append(log_p)
+            mean = float(np.average(log_p, weights=w_held))
+            best = max(best, mean)
+            if mean < best - drop:
+                break
+    return specs, np.stack(logs, 1), held
+
+
+def refit(
+    specs: Sequence[Spec],
+    shares: np.ndarray,
+    x: np.ndarray,
+    weights: np.ndarray | None,
+    *,
+    seed: int,
+    iterations: int = 100,
+) -> Shallow:
+    """Fit the chosen candidates to rows, with given weights in the mixture of them."""
+    knots = None
+    latent = None
+    if any(spec.kind == "marginal" for spec in specs):
+        knots = mixtures.fit_knots(x, weights)
+        latent = mixtures.apply_knots(knots, x)
+    parts = tuple(_fit(spec, x, weights, latent, seed, iterations) for spec in specs)
+    return Shallow(tuple(specs), np.asarray(shares) / np.sum(shares), parts, knots)
+
+
+def prune(
+    specs: Sequence[Spec], logs: np.ndarray, weights: np.ndarray | None, most: int
+) -> tuple[list[int], np.ndarray]:
+    """Stack, keep the heaviest candidates and always the tail, and stack those again."""
+    shares = mixtures.stack(logs, weights)
+    order = list(np.argsort(-shares, kind="stable"))
+    keep = [i for i in order if shares[i] > 0.01][:most]
+    keep += [i for i, spec in enumerate(specs) if spec.kind == "tail" and i not in keep]
+    return keep, mixtures.stack(logs[:, keep], weights)
+
+
+def merge(shallow: Shallow, kind: str) -> tuple[float, Components] | None:
+    """All candidates of one kind as a single mixture, with its weight, or None if there is none."""
+    chosen = [
+        (w, part)
+        for spec, w, part in zip(shallow.specs, shallow.weights, shallow.parts, strict=True)
+        if spec.kind == kind
+    ]
+    if not chosen:
+        return None
+    total = sum(w for w, _ in chosen)
+    return float(total), Components(
+        np.concatenate([w / total * part.weights for w, part in chosen]),
+        np.concatenate([part.means for _, part in chosen]),
+        np.concatenate([part.factors for _, part in chosen]),
+    )
+
+
+def _at(array, index):
+    return None if array is None else array[index]
