@@ -8,7 +8,7 @@ from the left, so no array is ever transposed.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -31,15 +31,14 @@ def resolve_activation(activation: str | Activation) -> Activation:
     Raises:
         InputError: If `jax.nn` has no such function.
     """
-    if callable(activation):
+    if not isinstance(activation, str):
         return activation
-    found: Any = getattr(jax.nn, activation, None)
-    if not callable(found):
+    if not callable(getattr(jax.nn, activation, None)):
         raise InputError(
             f"There is no activation {activation!r} in jax.nn; use 'relu', 'silu', 'gelu', 'tanh' "
             "or another function of that module."
         )
-    return found
+    return getattr(jax.nn, activation)
 
 
 @functools.lru_cache(maxsize=64)
