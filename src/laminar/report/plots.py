@@ -1,0 +1,408 @@
+"""Pictures of flows: the path from base to data, marginals and pairs, and training curves.
+
+Matplotlib is imported inside the functions and drawn on with the Agg backend through its object
+interface: no window is opened and no global setting is touched. Blue is always the data, orange
+always the flow: two colours of Okabe and Ito's palette, told apart by every kind of colour vision.
+Where points are followed, their colours run from dark blue to light orange, ordered in grey too.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.random as jr
+import numpy as np
+
+from laminar._errors import InputError, MissingExtraError, ShapeError
+from laminar._files import PathLike, atomic_write
+from laminar._typing import ArrayLike, Condition, PRNGKeyArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DATA = "#0072B2"
+FLOW = "#D55E00"
+INK = "#222222"
+FAINT = "#8A8A8A"
+SHADE = "Greys"
+HUES = "plasma"
+
+_DPI = 144
+_TRIM = 0.005  # share of the data left outside the window on each side
+
+
+def plot_path(
+    flow: Any,
+    data: ArrayLike,
+    path: PathLike | None = None,
+    *,
+    key: PRNGKeyArray,
+    columns: tuple[int, int] | None = None,
+    names: Sequence[str] | None = None,
+    condition: Condition = None,
+    frames: int = 5,
+    count: int = 2000,
+    title: str | None = None,
+) -> "Figure":
+    """Draw data, samples, and the way the samples took from the base to the data.
+
+    The upper row shows rows of the data and as many samples in one window. The lower row shows the
+    same samples at `frames` of the steps z_0, …, z_K, evenly spaced; a point keeps its colour,
+    which is its position along the horizontal axis in the base. With two dimensions the density
+    q_k is shaded behind the points.
+
+    Args:
+        flow: A `Flow` of vectors.
+        data: ``(rows, D)``.
+        path: Where to write the picture as PNG; None only returns the figure.
+        key: Draws the rows and the samples.
+        columns: Which two columns to show; by default the most strongly correlated pair.
+        names: Names of all D columns.
+        condition: One condition, shared by all samples.
+        frames: How many steps of the path to show.
+        count: Up to how many points to draw in a panel.
+        title: A line above the picture.
+
+    Returns:
+        The figure.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+        InputError: If the data have fewer than two columns or rows, or the columns do not exist.
+    """
+    figure_class = _matplotlib("plot_path")
+    row_key, sample_key = jr.split(key)
+    rows = _table(data, flow)
+    i, j = _choose_pair(rows, columns)
+    shown = _take(rows, count, row_key)
+    z = flow.upto(0).sample(sample_key, (len(shown),), condition)
+    way = flow.path(z=z, condition=condition)
+    points = [np.asarray(z, np.float64) for z in way.points]
+    if any(p.ndim != 2 or p.shape[1] != rows.shape[1] for p in points):
+        raise ShapeError(
+            f"plot_path draws flows whose every step is a vector of {rows.shape[1]} entries; "
+            f"the steps of this one are {[p.shape[1:] for p in points]}."
+        )
+    picked = _spread(len(points), frames)
+
+    figure = figure_class(figsize=(2.3 * max(len(picked), 4), 6.6), dpi=_DPI, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.32, 1))
+    labels = _names(names, rows.shape[1])
+    window = _window(np.concatenate([shown, points[-1]])[:, [i, j]], shown[:, [i, j]])
+    left, right = upper.subplots(1, 2, sharex=True, sharey=True)
+    for axes, values, colour, head in (
+        (left, shown, DATA, f"data ({len(shown):,} rows)"),
+        (right, points[-1], FLOW, f"samples ({len(shown):,})"),
+    ):
+        axes.scatter(*values[:, [i, j]].T, color=colour, **_dots(len(shown)))
+        _dress(axes, head, window, labels[i], labels[j])
+    right.set_ylabel("")
+    hue = _ranks(points[0][:, i])
+    panels = np.atleast_1d(lower.subplots(1, len(picked)))
+    for n, (axes, k) in enumerate(zip(panels, picked, strict=True)):
+        at = points[k][:, [i, j]]
+        window = _window(at, at)
+        if rows.shape[1] == 2:
+            _shade(axes, flow, k, window, condition, flip=(i, j) == (1, 0))
+        axes.scatter(*at.T, c=hue, cmap=HUES, vmin=0, vmax=1.2, **_dots(len(shown), small=True))
+        _dress(axes, _frame_title(k, len(points) - 1, n, way.names), window)
+    lower.suptitle("the path from base to data; a point keeps its colour", fontsize=10, color=INK)
+    if title:
+        figure.suptitle(title, fontsize=12, color=INK)
+    return _finish(figure, path)
+
+
+def plot_pairs(
+    data: ArrayLike,
+    samples: ArrayLike,
+    path: PathLike | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    columns: Sequence[int] | None = None,
+    bins: int = 40,
+    count: int = 1500,
+) -> "Figure":
+    """Draw the marginals and the pairs of columns, data against samples.
+
+    Args:
+        data: ``(rows, D)``.
+        samples: ``(rows', D)``.
+        path: Where to write the picture as PNG; None only returns the figure.
+        names: Names of all D columns.
+        columns: Which columns to show, up to eight; by default the first six.
+        bins: Bins of the histograms on the diagonal.
+        count: Up to how many points of each kind to draw in a panel.
+
+    Returns:
+        The figure: histograms on the diagonal, the data below it, the samples above it. A panel and
+        its mirror image show the same two columns on axes changed over.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+        ShapeError: If data and samples differ in their columns.
+        InputError: If the columns asked for do not exist or are more than eight.
+    """
+    figure_class = _matplotlib("plot_pairs")
+    a, b = _table(data), _table(samples)
+    if a.shape[1] != b.shape[1]:
+        raise ShapeError(f"plot_pairs: data of shape {a.shape} against samples of {b.shape}.")
+    picked = tuple(range(min(a.shape[1], 6))) if columns is None else tuple(columns)
+    if not 1 <= len(picked) <= 8 or not all(0 <= c < a.shape[1] for c in picked):
+        raise InputError(
+            f"plot_pairs shows one to eight of the {a.shape[1]} columns, numbered from 0, "
+            f"not {list(picked)}."
+        )
+    labels = _names(names, a.shape[1])
+    size = len(picked)
+    figure = figure_class(figsize=(1.2 + 1.75 * size,) * 2, dpi=_DPI, layout="constrained")
+    grid = figure.subplots(size, size, squeeze=False)
+    count = min(count, len(a), len(b))
+    a_shown, b_shown = a[:: max(1, len(a) // count)][:count], b[:: max(1, len(b) // count)][:count]
+    ranges = {c: _limits(np.concatenate([a[:, c], b[:, c]]), a[:, c]) for c in picked}
+    for r, row in enumerate(picked):
+        for c, column in enumerate(picked):
+            axes = grid[r, c]
+            _dress(axes)
+            axes.set_xlim(ranges[column])
+            if c == r:
+                _histograms(axes, a[:, column], b[:, column], ranges[column], bins)
+            else:
+                shown, colour = (a_shown, DATA) if c < r else (b_shown, FLOW)
+                axes.scatter(shown[:, column], shown[:, row], color=colour, **_dots(count))
+                axes.set_ylim(ranges[row])
+            if c == 0:
+                axes.set_ylabel(labels[row], fontsize=8, color=INK)
+            axes.set_xlabel(labels[column] if r == size - 1 else "", fontsize=8, color=INK)
+            axes.tick_params(labelbottom=r == size - 1, labelleft=c == 0)
+    _legend(figure, grid[0, 0], size)
+    return _finish(figure, path)
+
+
+def plot_history(
+    history: Any, path: PathLike | None = None, *, title: str | None = None
+) -> "Figure":
+    """Draw the training curves: loss on the training batches and on the held-out rows.
+
+    Args:
+        history: What `fit` returns.
+        path: Where to write the picture as PNG; None only returns the figure.
+        title: A line above the picture.
+
+    Returns:
+        The figure.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    figure_class = _matplotlib("plot_history")
+    loss = np.asarray(history.loss, np.float64)
+    if not len(loss):
+        raise InputError("plot_history: no step was taken, so there is nothing to draw.")
+    figure = figure_class(figsize=(7.2, 4.0), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    _dress(axes, title or "", x="step", y="loss (nats per row)")
+    steps = np.arange(1, len(loss) + 1)
+    width = max(1, len(loss) // 100)
+    centres, means = _running_mean(steps, loss, width)
+    axes.plot(steps, loss, color=DATA, alpha=0.2, lw=0.6, rasterized=True)
+    label = "training" if width == 1 else f"training (means of {width})"
+    axes.plot(centres, means, color=DATA, lw=1.4, label=label)
+    finite = loss[np.isfinite(loss)]
+    low = np.quantile(finite, [0.01]) if len(finite) else finite
+    seen = [means, low]
+    for values, style, label in (
+        (history.validation, "-", "held out"),
+        (history.validation_ema, ":", "held out, averaged parameters"),
+    ):
+        values = np.asarray(values, np.float64)
+        if np.isfinite(values).any():
+            axes.plot(history.validation_steps, values, style, color=FLOW, lw=1.6, label=label)
+            seen.append(values)
+    if np.isfinite(history.best_loss):
+        label = f"returned: {history.best_loss:.3f}"
+        axes.plot(history.best_step, history.best_loss, "o", color=INK, ms=5, label=label)
+        seen.append(np.array([history.best_loss]))
+    axes.set_xlim(0, len(loss))
+    axes.set_ylim(_curve_limits(np.concatenate(seen)))
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    return _finish(figure, path)
+
+
+def _running_mean(steps: np.ndarray, loss: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over whole windows of `width` steps, what is not finite left out, and their centres."""
+    whole = len(loss) // width * width
+    windows = loss[:whole].reshape(-1, width)
+    good = np.isfinite(windows)
+    total = np.where(good, windows, 0.0).sum(1)
+    means = np.where(good.any(1), total / np.maximum(good.sum(1), 1), np.nan)
+    return steps[:whole].reshape(-1, width).mean(1), means
+
+
+def _curve_limits(values: np.ndarray) -> tuple[float, float]:
+    """Limits that show all of the low side and leave out the steep start."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(np.quantile(values, 0.98))
+    margin = 0.12 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _matplotlib(caller: str) -> Any:
+    """The `Figure` class, which draws with Agg when no window asks otherwise."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot", caller) from error
+    return Figure
+
+
+def _table(data: ArrayLike, flow: Any = None) -> np.ndarray:
+    rows = np.asarray(data, np.float64)
+    if rows.ndim != 2 or len(rows) < 2:
+        raise InputError(f"A picture needs a table of two rows or more, not shape {rows.shape}.")
+    if flow is not None and flow.shape != rows.shape[1:]:
+        raise ShapeError(f"plot_path: rows of shape {rows.shape[1:]} for a flow of {flow.shape}.")
+    return rows
+
+
+def _take(rows: np.ndarray, count: int, key: PRNGKeyArray) -> np.ndarray:
+    """Up to `count` distinct rows."""
+    return rows[np.asarray(jr.permutation(key, len(rows)))[:count]]
+
+
+def _choose_pair(rows: np.ndarray, columns: tuple[int, int] | None) -> tuple[int, int]:
+    """The two columns to draw: those given, or the most strongly correlated two (by rank)."""
+    dim = rows.shape[1]
+    if dim < 2:
+        raise InputError("plot_path needs two columns or more; use plot_pairs for a single one.")
+    if columns is not None:
+        i, j = columns
+        if not (0 <= i < dim and 0 <= j < dim and i != j):
+            raise InputError(f"plot_path: columns {columns} are not two of 0…{dim - 1}.")
+        return i, j
+    ranks = np.stack([_ranks(column) for column in rows.T])
+    # A constant column has no rank; the small number keeps it at correlation zero.
+    ranks = (ranks - ranks.mean(1, keepdims=True)) / (ranks.std(1, keepdims=True) + 1e-12)
+    strength = np.triu(np.abs(ranks @ ranks.T), 1)
+    i, j = np.unravel_index(int(np.argmax(strength)), strength.shape)
+    return (int(i), int(j)) if i != j else (0, 1)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks scaled to [0, 1], ties sharing the lowest."""
+    return np.searchsorted(np.sort(values), values) / max(len(values) - 1, 1)
+
+
+def _spread(length: int, frames: int) -> list[int]:
+    """Up to `frames` of the positions 0…length − 1, evenly spaced, both ends among them."""
+    return sorted({round(k) for k in np.linspace(0, length - 1, max(frames, 2))})
+
+
+def _limits(values: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """An interval that holds nearly all finite values and all of the middle of the reference."""
+    values, reference = values[np.isfinite(values)], reference[np.isfinite(reference)]
+    if not len(values) or not len(reference):
+        return -1.0, 1.0
+    low, high = np.quantile(reference, [_TRIM, 1 - _TRIM])
+    outer = np.quantile(values, [_TRIM, 1 - _TRIM])
+    low, high = min(low, outer[0]), max(high, outer[1])
+    margin = 0.06 * (high - low) or max(abs(low), 1.0) * 0.05
+    return float(low - margin), float(high + margin)
+
+
+def _window(points: np.ndarray, reference: np.ndarray) -> tuple[tuple[float, float], ...]:
+    return tuple(_limits(points[:, d], reference[:, d]) for d in range(2))
+
+
+def _names(names: Sequence[str] | None, dim: int) -> list[str]:
+    if names is None:
+        return [f"column {d}" for d in range(dim)]
+    if len(names) != dim:
+        raise InputError(f"{len(names)} names were given for {dim} columns.")
+    return [name if len(name) <= 28 else name[:27] + "…" for name in map(str, names)]
+
+
+def _dots(count: int, small: bool = False) -> dict[str, Any]:
+    """Size and opacity that keep a cloud of `count` points readable."""
+    size = float(np.clip((3000 if small else 9000) / max(count, 1), 2.0, 8.0 if small else 10.0))
+    opacity = float(np.clip(500 / max(count, 1), 0.35, 0.8))
+    return {"s": size, "alpha": opacity, "linewidths": 0, "rasterized": True}
+
+
+def _frame_title(k: int, last: int, n: int, names: Sequence[str]) -> str:
+    if k == 0:
+        return "$z_0$: base"
+    return f"$z_{{{k}}}$: data" if k == last else f"$z_{{{k}}}$"
+
+
+def _shade(axes, flow, k, window, condition, flip, size: int = 90) -> None:
+    """Shade the density of the first k steps of a flow in the plane."""
+    xs, ys = (np.linspace(limits[0], limits[1], size) for limits in window)
+    grid = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+    points = grid[:, ::-1] if flip else grid
+    density = np.exp(np.asarray(flow.upto(k).log_prob(points.astype(np.float32), condition)))
+    density = np.nan_to_num(density, nan=0.0, posinf=0.0).reshape(size, size)
+    top = np.quantile(density, 0.995) or 1.0
+    axes.imshow(
+        np.sqrt(density / top),
+        extent=(*window[0], *window[1]),
+        origin="lower",
+        aspect="auto",
+        cmap=SHADE,
+        vmin=0,
+        vmax=3,
+        interpolation="bilinear",
+    )
+
+
+def _histograms(axes, a, b, limits, bins) -> None:
+    edges = np.linspace(limits[0], limits[1], bins + 1)
+    axes.hist(a, edges, density=True, color=DATA, alpha=0.35, label="data")
+    axes.hist(b, edges, density=True, color=FLOW, histtype="step", lw=1.4, label="samples")
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
+def _legend(figure, axes, size) -> None:
+    handles, (data, samples) = axes.get_legend_handles_labels()
+    if size > 1:
+        data, samples = f"{data} (below the diagonal)", f"{samples} (above)"
+    figure.legend(
+        handles, [data, samples], frameon=False, fontsize=10, loc="outside upper center", ncols=2
+    )
+
+
+def _dress(
+    axes: "Axes",
+    head: str = "",
+    window: tuple[tuple[float, float], ...] | None = None,
+    x: str = "",
+    y: str = "",
+) -> None:
+    """Quiet axes: two thin spines, few ticks, small labels."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.locator_params(nbins=4)
+    axes.tick_params(labelsize=7, color=FAINT, labelcolor=INK, length=2.5)
+    axes.set_title(head, fontsize=10, color=INK)
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    if window is not None:
+        axes.set_xlim(window[0])
+        axes.set_ylim(window[1])
+
+
+def _finish(figure: Any, path: PathLike | None) -> Any:
+    """Write the figure whole or not at all, if it is to be written."""
+    if path is not None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        FigureCanvasAgg(figure)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=_DPI, facecolor="white")
+        atomic_write(path, picture.getvalue())
+    return figure
