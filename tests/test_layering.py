@@ -14,7 +14,7 @@ CONFIG = ROOT / "pyproject.toml"
 
 # Optional or slow packages, which only functions may import. The command line's own entry is built
 # with Typer and may load it at once.
-LAZY = {"pyarrow", "matplotlib", "sklearn", "rich", "typer", "flatbuffers", "pandas", "scipy"}
+LAZY = {"pyarrow", "matplotlib", "sklearn", "rich", "typer", "flatbuffers", "pandas"}
 MAY_IMPORT = {"cli": {"typer"}}
 
 

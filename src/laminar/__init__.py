@@ -1,1 +1,195 @@
-"""laminar."""
+"""Normalizing flows with exact densities: fit, score, sample, check.
+
+Every public name is loaded when it is first used, so that ``import laminar`` costs nothing, does
+not load JAX, and changes no setting of it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from laminar._version import __version__
+
+# What type checkers and editors see; `_NAMES` below is the same list for run time.
+if TYPE_CHECKING:
+    from laminar._errors import InputError as InputError
+    from laminar._errors import LaminarError as LaminarError
+    from laminar._errors import MissingExtraError as MissingExtraError
+    from laminar._errors import ModelFileError as ModelFileError
+    from laminar._errors import ShapeError as ShapeError
+    from laminar._errors import TrainingError as TrainingError
+    from laminar._params import Frozen as Frozen
+    from laminar._params import trainable as trainable
+    from laminar._registry import register as register
+    from laminar.bijections.autoregressive import MaskedAutoregressive as MaskedAutoregressive
+    from laminar.bijections.autoregressive import masked_autoregressive as masked_autoregressive
+    from laminar.bijections.base import AbstractBijection as AbstractBijection
+    from laminar.bijections.base import AbstractTransform as AbstractTransform
+    from laminar.bijections.base import Identity as Identity
+    from laminar.bijections.base import Invert as Invert
+    from laminar.bijections.compose import Chain as Chain
+    from laminar.bijections.compose import Independent as Independent
+    from laminar.bijections.compose import Indexed as Indexed
+    from laminar.bijections.compose import Permute as Permute
+    from laminar.bijections.compose import Repeat as Repeat
+    from laminar.bijections.compose import Reshape as Reshape
+    from laminar.bijections.compose import repeat as repeat
+    from laminar.bijections.coupling import Coupling as Coupling
+    from laminar.bijections.coupling import coupling as coupling
+    from laminar.bijections.elementwise import AbstractElementwise as AbstractElementwise
+    from laminar.bijections.elementwise import Affine as Affine
+    from laminar.bijections.elementwise import Exp as Exp
+    from laminar.bijections.elementwise import LeakyTanh as LeakyTanh
+    from laminar.bijections.elementwise import Power as Power
+    from laminar.bijections.elementwise import Shift as Shift
+    from laminar.bijections.elementwise import Sigmoid as Sigmoid
+    from laminar.bijections.elementwise import SinhArcsinh as SinhArcsinh
+    from laminar.bijections.elementwise import Softplus as Softplus
+    from laminar.bijections.elementwise import Tanh as Tanh
+    from laminar.bijections.elementwise import as_elementwise as as_elementwise
+    from laminar.bijections.elementwise import logit as logit
+    from laminar.bijections.linear import LU as LU
+    from laminar.bijections.linear import ActNorm as ActNorm
+    from laminar.bijections.linear import Householder as Householder
+    from laminar.bijections.linear import LowRank as LowRank
+    from laminar.bijections.linear import Triangular as Triangular
+    from laminar.bijections.quantile import QuantileMap as QuantileMap
+    from laminar.bijections.splines import Linear as Linear
+    from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
+    from laminar.density import AbstractDistribution as AbstractDistribution
+    from laminar.density import Estimate as Estimate
+    from laminar.diagnose import check as check
+    from laminar.distributions import ConditionalNormal as ConditionalNormal
+    from laminar.distributions import Logistic as Logistic
+    from laminar.distributions import MultivariateNormal as MultivariateNormal
+    from laminar.distributions import Normal as Normal
+    from laminar.distributions import StudentT as StudentT
+    from laminar.distributions import Uniform as Uniform
+    from laminar.flow import Flow as Flow
+    from laminar.flow import Path as Path
+    from laminar.io import load as load
+    from laminar.io import read_header as read_header
+    from laminar.io import save as save
+    from laminar.mixtures import GaussianMixture as GaussianMixture
+    from laminar.mixtures import Mixture as Mixture
+    from laminar.nn.masked import MaskedMLP as MaskedMLP
+    from laminar.nn.mlp import MLP as MLP
+    from laminar.objectives import Batch as Batch
+    from laminar.objectives import nll as nll
+    from laminar.tables.flow import TableFlow as TableFlow
+    from laminar.tables.flow import fit_table as fit_table
+    from laminar.tables.read import read_table as read_table
+    from laminar.tables.read import write_table as write_table
+    from laminar.tables.table import Table as Table
+    from laminar.train.density import fit_density as fit_density
+    from laminar.train.fit import fit as fit
+    from laminar.train.history import History as History
+    from laminar.train.source import ArraySource as ArraySource
+    from laminar.train.source import MappedSource as MappedSource
+    from laminar.train.source import Stream as Stream
+    from laminar.zoo import iaf as iaf
+    from laminar.zoo import maf as maf
+    from laminar.zoo import nice as nice
+    from laminar.zoo import nsf as nsf
+    from laminar.zoo import preset as preset
+    from laminar.zoo import realnvp as realnvp
+
+_NAMES = {
+    "laminar._errors": (
+        "InputError",
+        "LaminarError",
+        "MissingExtraError",
+        "ModelFileError",
+        "ShapeError",
+        "TrainingError",
+    ),
+    "laminar._params": ("Frozen", "trainable"),
+    "laminar._registry": ("register",),
+    "laminar.bijections.autoregressive": ("MaskedAutoregressive", "masked_autoregressive"),
+    "laminar.bijections.base": ("AbstractBijection", "AbstractTransform", "Identity", "Invert"),
+    "laminar.bijections.compose": (
+        "Chain",
+        "Independent",
+        "Indexed",
+        "Permute",
+        "Repeat",
+        "Reshape",
+        "repeat",
+    ),
+    "laminar.bijections.coupling": ("Coupling", "coupling"),
+    "laminar.bijections.elementwise": (
+        "AbstractElementwise",
+        "Affine",
+        "Exp",
+        "LeakyTanh",
+        "Power",
+        "Shift",
+        "Sigmoid",
+        "SinhArcsinh",
+        "Softplus",
+        "Tanh",
+        "as_elementwise",
+        "logit",
+    ),
+    "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
+    "laminar.bijections.quantile": ("QuantileMap",),
+    "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
+    "laminar.density": ("AbstractDistribution", "Estimate"),
+    "laminar.diagnose": ("check",),
+    "laminar.distributions": (
+        "ConditionalNormal",
+        "Logistic",
+        "MultivariateNormal",
+        "Normal",
+        "StudentT",
+        "Uniform",
+    ),
+    "laminar.flow": ("Flow", "Path"),
+    "laminar.io": ("load", "read_header", "save"),
+    "laminar.mixtures": ("GaussianMixture", "Mixture"),
+    "laminar.nn.masked": ("MaskedMLP",),
+    "laminar.nn.mlp": ("MLP",),
+    "laminar.objectives": ("Batch", "nll"),
+    "laminar.tables.flow": ("TableFlow", "fit_table"),
+    "laminar.tables.read": ("read_table", "write_table"),
+    "laminar.tables.table": ("Table",),
+    "laminar.train.density": ("fit_density",),
+    "laminar.train.fit": ("fit",),
+    "laminar.train.history": ("History",),
+    "laminar.train.source": ("ArraySource", "MappedSource", "Stream"),
+    "laminar.zoo": ("iaf", "maf", "nice", "nsf", "preset", "realnvp"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = (
+    "bijections",
+    "density",
+    "diagnose",
+    "distributions",
+    "export",
+    "flow",
+    "io",
+    "mixtures",
+    "nn",
+    "objectives",
+    "report",
+    "tables",
+    "testing",
+    "train",
+    "zoo",
+)
+
+__all__ = ["__version__", *_HOMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"laminar.{name}")
+    else:
+        raise AttributeError(f"module 'laminar' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
