@@ -12,15 +12,16 @@ import numpy as np
 from laminar._params import Frozen
 from laminar._typing import Array, Condition, PRNGKeyArray, PyTree
 from laminar.bijections.base import call
+from laminar.flow import Flow
 from laminar.objectives import Batch
 from laminar.train.state import Objective
 
 
 class Blame(NamedTuple):
-    """A finding: the part in words, and the positions in the batch of the rows concerned."""
+    """A finding: the part in words, and the positions in the batch of the rows, None for all."""
 
     part: str
-    rows: np.ndarray
+    rows: np.ndarray | None
 
 
 def find_blame(
@@ -54,13 +55,12 @@ def find_blame(
         loss, grads = eqx.filter_value_and_grad(loss_of)(params, batch)
         return loss, jtu.tree_map(lambda g: jnp.isfinite(g).all(), grads)
 
-    everything = np.arange(len(batch.x))
     loss, sound = measure(params, batch)
     if not bool(jnp.isfinite(loss)):
-        return Blame("the loss itself, while every layer is finite", everything)
+        return Blame("the loss itself, while every layer is finite", None)
     paths = [p for p, ok in jtu.tree_leaves_with_path(sound) if not bool(ok)]
     if not paths:
-        return Blame("the optimiser's update, while loss and gradient are finite", everything)
+        return Blame("the optimiser's update, while loss and gradient are finite", None)
 
     @eqx.filter_jit
     def rows_of(params, batch):
@@ -73,17 +73,19 @@ def find_blame(
 
     rows = np.flatnonzero(~np.asarray(rows_of(params, batch._replace(weights=None))))
     part = f"the gradient of flow{jtu.keystr(paths[0])}"
-    return Blame(part, rows if len(rows) else everything)
+    return Blame(part, rows if len(rows) else None)
 
 
 def _walk(flow: Any, batch: Batch) -> Blame | None:
     """The first part of a flow, from the data inwards, that gives a non-finite value."""
-    if not hasattr(flow, "bijection"):
+    if not isinstance(flow, Flow):
         return None
-    flow, condition = _inner(flow, batch.condition)
     bijection, base = _thaw(flow.bijection), _thaw(flow.base)
-    point = jnp.moveaxis(batch.x, 0, -1)
-    condition = jtu.tree_map(lambda c: jnp.moveaxis(c, 0, -1), condition)
+    point, condition = jtu.tree_map(lambda a: jnp.moveaxis(a, 0, -1), (batch.x, batch.condition))
+    condition = flow._embedded(condition)
+    if condition is not None and not bool(jnp.isfinite(condition).all()):
+        bad = ~_finite_rows(condition)
+        return Blame("the embedding of the condition", np.flatnonzero(bad))
     steps = bijection.steps()
     for number in range(len(steps), 0, -1):
         step = steps[number - 1]
@@ -102,17 +104,10 @@ def _invert(step: Any, point: Array, condition: Condition) -> tuple[Array, Array
     return call(step, "inverse", point, condition, key=jr.key(0))
 
 
-def _inner(flow: Any, condition: PyTree) -> tuple[Any, PyTree]:
-    """The flow without its embedding, and the embedded conditions."""
-    return flow if condition is None else flow._encode(condition)[0], (
-        None if condition is None else flow._encode(condition)[1]
-    )
-
-
 def _thaw(part: Any) -> Any:
     return part.value if isinstance(part, Frozen) else part
 
 
 def _finite_rows(point: Array) -> np.ndarray:
     values = np.isfinite(np.asarray(point))
-    return values.reshape(-1, values.shape[-1]).all(0)
+    return np.asarray(values.reshape(-1, values.shape[-1]).all(0))

@@ -50,15 +50,18 @@ class Clock:
         self._pace: float | None = None
         self._marked = begun
         self._decay: tuple[int, int] | None = None
+        self._given_up = False
 
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        return {"decay": None if self._decay is None else list(self._decay)}
+        decay = None if self._decay is None else list(self._decay)
+        return {"decay": decay, "given_up": self._given_up}
 
     def resume(self, seconds: float, written: dict[str, Any]) -> None:
         """Go on where another clock was: its seconds count, and a decay once begun stays."""
         self._before = seconds
-        decay = written.get("decay")
+        decay = written["decay"]
+        self._given_up = written["given_up"]
         self._decay = None if decay is None else (decay[0], decay[1])
 
     def elapsed(self) -> float:
@@ -111,9 +114,18 @@ class Clock:
             if self.steps is not None:
                 steps = min(steps, self.steps - step)
                 due = due or step >= (1 - _DECAY_PART) * self.steps
-            if due:
+            if due or self._given_up:
+                # After giving up, a quarter of what was trained is enough.
+                steps = min(steps, max(step // 4, 1)) if self._given_up else steps
                 self._decay = (step, steps)
         return rate if self._decay is None else rate.decaying(*self._decay)
+
+    def give_up(self, step: int) -> str:
+        """What to do when the patience is spent: stop, but under a time limit decay first."""
+        if self.limit is None:
+            return "patience"
+        self._given_up = True
+        return ""
 
     def finished(self, step: int) -> str:
         """Why training ends after this step, or nothing."""
@@ -121,6 +133,8 @@ class Clock:
             return "steps"
         if self.limit is not None:
             decayed = self._decay is not None and step >= sum(self._decay)
+            if decayed and self._given_up:
+                return "patience"
             if decayed or self.elapsed() >= self.limit:
                 return "time limit"
         return ""

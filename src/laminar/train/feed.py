@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laminar._errors import InputError, ShapeError
+from laminar._files import checksum
 from laminar._typing import Array, PyTree
 from laminar.objectives import Batch
 from laminar.train.source import (
@@ -62,7 +63,7 @@ class Placement(NamedTuple):
         return jax.lax.with_sharding_constraint(batch, self.sharding("batch"))
 
 
-def place(devices: int | Sequence[jax.Device] | Mesh | None) -> Placement:
+def place(devices: int | Sequence[Any] | Mesh | None) -> Placement:
     """The placement for what the user gave as `devices`.
 
     Raises:
@@ -178,7 +179,7 @@ def _split(count: int, fraction: float | None, seed: np.ndarray) -> tuple[np.nda
     return np.setdiff1d(np.arange(count), outside, assume_unique=True), outside
 
 
-def _rows_of(batch: Batch, rows: np.ndarray) -> Batch:
+def _rows_of(batch: Batch, rows: Any) -> Batch:
     return jtu.tree_map(lambda a: a[rows], batch)
 
 
@@ -199,13 +200,15 @@ def check_shapes(flow: Any, batch: Batch, name: str) -> None:
     if cond_shape is not None and batch.condition is None:
         raise InputError(f"{name}: the flow needs a condition of shape {cond_shape} for each row.")
     plain = isinstance(cond_shape, tuple) and all(isinstance(n, int) for n in cond_shape)
-    if plain and not hasattr(batch.condition, "shape"):
-        raise ShapeError(f"{name}: the flow takes one array of conditions, not a tree.")
-    if plain and batch.condition.shape != (n, *cond_shape):
-        raise ShapeError(
-            f"{name}: the condition has shape {batch.condition.shape}; {n} rows of this flow need "
-            f"{(n, *cond_shape)}."
-        )
+    if plain and cond_shape is not None:
+        found = getattr(batch.condition, "shape", None)
+        if found is None:
+            raise ShapeError(f"{name}: the flow takes one array of conditions, not a tree.")
+        if found != (n, *cond_shape):
+            raise ShapeError(
+                f"{name}: the condition has shape {found}; {n} rows of this flow need "
+                f"{(n, *cond_shape)}."
+            )
     for leaf in jtu.tree_leaves(batch.condition):
         if leaf.ndim == 0 or len(leaf) != n:
             raise ShapeError(f"{name}: x has {n} rows, but a condition has shape {leaf.shape}.")
@@ -213,10 +216,10 @@ def check_shapes(flow: Any, batch: Batch, name: str) -> None:
         raise ShapeError(f"{name}: x has {n} rows, but weights have shape {batch.weights.shape}.")
 
 
-def check_batch(flow: Any, batch: Batch, name: str) -> Batch:
+def check_batch(flow: Any, given: Batch, name: str) -> Batch:
     """Host arrays in the flow's dtype, after every check that can be made before training."""
     dtype = np.dtype(flow.dtype)
-    batch = jtu.tree_map(np.asarray, batch)
+    batch: Any = jtu.tree_map(np.asarray, given)
     batch = batch._replace(
         x=_cast(batch.x, dtype, f"{name}: x"),
         condition=jtu.tree_map(
@@ -241,7 +244,7 @@ def _cast_condition(flow, value: np.ndarray, dtype: np.dtype, name: str) -> np.n
     )
 
 
-def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def _cast(value: Any, dtype: np.dtype, name: str) -> np.ndarray:
     if value.dtype.kind not in "fiub":
         raise InputError(f"{name} must be numbers; it has dtype {value.dtype}.")
     with np.errstate(over="ignore"):
@@ -258,7 +261,7 @@ def _cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _first(rows: np.ndarray) -> int:
+def _first(rows: Any) -> int:
     return int(np.flatnonzero(rows)[0])
 
 
@@ -361,10 +364,7 @@ class StreamFeed:
             self.size, self.count = size, len(source)
         else:
             first = as_batch(source.batch(0, 0))
-            self.size = len(first.x)
-            self.size -= self.size % placement.devices
-            if self.size == 0:
-                raise InputError("The stream's first batch has fewer rows than there are devices.")
+            self.size = len(first.x) + -len(first.x) % placement.devices
             self.count = len(source) * self.size
         check_shapes(flow, jtu.tree_map(np.asarray, self._read(0)), "data")
         nbytes = sum(a.nbytes for a in jtu.tree_leaves(self._read(0)))
@@ -414,15 +414,15 @@ class StreamFeed:
 
     def inspect(self, step: int) -> tuple[Batch, Callable[[np.ndarray], str]]:
         """The batch of one step, and words for some of its rows."""
-        if self.mapped:
+        numbers = self.rows
+        if self.mapped and numbers is not None:
             rows = rows_at(
                 self._seed, Cursor.at(step, self.size, self.count), self.size, self.count
             )
-            return self._read(step), lambda bad: _list_rows(self.rows[rows[bad]])
+            return self._read(step), lambda bad: _list_rows(numbers[rows[bad]])
         epoch, index = self._where(step)
-        return self._read(
-            step
-        ), lambda bad: f"{_list_rows(bad)} of batch {index} in epoch {epoch} of the stream"
+        where = f"of batch {index} in epoch {epoch} of the stream"
+        return self._read(step), lambda bad: f"{_list_rows(bad)} {where}"
 
     def sample(self, count: int) -> Batch:
         """Some rows to initialise from."""
@@ -438,7 +438,7 @@ class StreamFeed:
 
 
 def _list_rows(rows: np.ndarray) -> str:
-    """A few row numbers in words."""
+    """Some row numbers in words."""
     numbers = sorted({int(r) for r in rows})
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
     return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
@@ -446,9 +446,6 @@ def _list_rows(rows: np.ndarray) -> str:
 
 def _digest(batch: Batch) -> str:
     """A checksum of shapes and of some rows, spread evenly over all."""
-    from laminar._files import checksum
-
     n = len(batch.x)
     index = np.unique(np.linspace(0, n - 1, min(n, 4096)).astype(np.int64))
-    parts = [a for a in jtu.tree_leaves(batch)]
-    return checksum(*(np.ascontiguousarray(a[index]).tobytes() for a in parts))
+    return checksum(*(np.ascontiguousarray(a[index]).tobytes() for a in jtu.tree_leaves(batch)))

@@ -25,7 +25,9 @@ from laminar._errors import InputError, TrainingError
 from laminar._files import PathLike
 from laminar._params import Frozen
 from laminar._typing import Array, PRNGKeyArray, PyTree
-from laminar.bijections.base import AbstractTransform
+from laminar.bijections.base import AbstractTransform, Invert
+from laminar.bijections.compose import Chain, Indexed, Repeat
+from laminar.flow import Flow
 from laminar.objectives import Batch, nll
 from laminar.train.blame import find_blame
 from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -85,7 +87,7 @@ def fit(
     max_rollbacks: int = 5,
     checkpoint: PathLike | Checkpoint | None = None,
     resume: bool = False,
-    devices: int | Sequence[jax.Device] | Mesh | None = None,
+    devices: int | Sequence[Any] | Mesh | None = None,
     progress: bool | None = None,
 ) -> tuple[T, History]:
     """Train a flow on data.
@@ -166,35 +168,11 @@ def fit(
             freeze=freeze,
             max_rollbacks=max_rollbacks,
         )
-        settings = {
-            "key": np.asarray(_key_data(key)).tolist(),
-            "data": feed.fingerprint(),
-            "batch_size": feed.size,
-            "steps": None if time_limit is not None else steps,
-            "validate_every": clock.validate_every,
-            "held_out_rows": 0 if held_out is None else len(held_out.x),
-            "learning_rate": learning_rate,
-            "schedule": recipe.rate.schedule,
-            "clip": clip,
-            "weight_decay": weight_decay,
-            "ema": ema,
-            "max_rollbacks": max_rollbacks,
-            "devices": placement.devices,
-        }
-        if isinstance(checkpoint, str) or hasattr(checkpoint, "__fspath__"):
+        if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint(checkpoint)
-        run = _Run(feed, clock, checkpoint, settings, placement, patience)
-        if resume and run.checkpoint is None:
-            raise InputError("resume needs the file to resume from; give checkpoint=.")
-        resumed = resume and run.checkpoint.exists
-        if not (warm_start or resumed):
-            flow = init_from_data(flow, feed.sample(max(feed.size, _INIT_ROWS)))
-        state = init(step_key, flow, recipe)
-        history = History()
-        if resumed:
-            state, history, written = load_checkpoint(run.checkpoint.path, state, settings)
-            clock.resume(history.seconds, written["clock"])
-        state = placement.put(state)
+        run = _Run(feed, clock, checkpoint, {}, placement, patience)
+        run.settings = _settings(key, recipe, run, held_out, learning_rate, weight_decay)
+        state, history = run.start(step_key, flow, recipe, warm_start, resume)
         chunks = None
         if held_out is not None:
             chunks = stack_held_out(held_out, feed.size, placement)
@@ -224,14 +202,30 @@ def _check_budget(steps, batch_size, patience, validate_every, time_limit, sched
         )
 
 
-def _key_data(key: PRNGKeyArray) -> Array:
-    return jr.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+def _settings(key, recipe: Recipe, run: "_Run", held_out, learning_rate, weight_decay) -> dict:
+    """Whatever decides the numbers of a run: a checkpoint goes on only where all are the same."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return {
+        "key": np.asarray(jr.key_data(key) if typed else key).tolist(),
+        "data": run.feed.fingerprint(),
+        "batch_size": run.feed.size,
+        "steps": None if run.clock.limit is not None else run.clock.steps,
+        "validate_every": run.clock.validate_every,
+        "held_out_rows": 0 if held_out is None else len(held_out.x),
+        "learning_rate": learning_rate,
+        "schedule": recipe.rate.schedule,
+        "clip": recipe.clip,
+        "weight_decay": weight_decay,
+        "ema": recipe.ema,
+        "max_rollbacks": recipe.max_rollbacks,
+        "devices": run.placement.devices,
+    }
 
 
-def _make_feed(flow, source, rows, seed, batch_size: int, placement: Placement):
+def _make_feed(flow, source, numbers: Any, seed, batch_size: int, placement: Placement):
     n = placement.devices
-    if isinstance(source, Batch) or rows is not None:
-        count = len(source.x) if isinstance(source, Batch) else len(source)
+    if numbers is not None:
+        count = len(numbers)
         batch_size = min(batch_size, count)
         batch_size -= batch_size % n
         if batch_size == 0:
@@ -239,23 +233,21 @@ def _make_feed(flow, source, rows, seed, batch_size: int, placement: Placement):
                 f"A batch must have a row for each of the {n} devices; there are {count} rows."
             )
     if isinstance(source, Batch):
-        return ArrayFeed(source, rows, seed, batch_size, placement)
-    return StreamFeed(source, rows, seed, batch_size, placement, flow)
+        return ArrayFeed(source, numbers, seed, batch_size, placement)
+    return StreamFeed(source, numbers, seed, batch_size, placement, flow)
 
 
 def init_from_data(flow: T, batch: Batch) -> T:
     """The flow with its data-dependent parameters (ActNorm) set from a batch."""
-    bijection = getattr(flow, "bijection", None)
-    if bijection is None or isinstance(bijection, Frozen) or not _wants_data(bijection):
+    if not isinstance(flow, Flow) or isinstance(flow.bijection, Frozen):
+        return flow
+    if not _wants_data(flow.bijection):
         return flow
 
     @eqx.filter_jit
     def initialised(flow, batch):
-        inner, condition = flow, batch.condition
-        if condition is not None:
-            inner, condition = flow._encode(condition)
-        last = jtu.tree_map(lambda a: jnp.moveaxis(a, 0, -1), (batch.x, condition))
-        return inner.bijection.init_from_data(*last)
+        x, condition = jtu.tree_map(lambda a: jnp.moveaxis(a, 0, -1), (batch.x, batch.condition))
+        return flow.bijection.init_from_data(x, flow._embedded(condition))
 
     done = initialised(flow, jtu.tree_map(jnp.asarray, batch))
     return eqx.tree_at(lambda f: f.bijection, flow, done)
@@ -267,10 +259,11 @@ def _wants_data(bijection: AbstractTransform) -> bool:
     def is_part(x):
         return isinstance(x, AbstractTransform) and x is not bijection
 
-    parts = [p for p in jtu.tree_leaves(bijection, is_leaf=is_part) if is_part(p)]
-    if parts:
-        return any(_wants_data(p) for p in parts)
-    return type(bijection).init_from_data is not AbstractTransform.init_from_data
+    own = type(bijection).init_from_data is not AbstractTransform.init_from_data
+    if own and not isinstance(bijection, Chain | Repeat | Invert | Indexed):
+        return True
+    parts = jtu.tree_leaves(bijection, is_leaf=is_part)
+    return any(_wants_data(part) for part in parts if is_part(part))
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -317,6 +310,21 @@ class _Run:
     placement: Placement
     patience: int | None
 
+    def start(
+        self, key: PRNGKeyArray, flow: Any, recipe: Recipe, warm_start: bool, resume: bool
+    ) -> tuple[TrainState, History]:
+        """The state to begin with: new, or that of the checkpoint."""
+        if resume and self.checkpoint is None:
+            raise InputError("resume needs the file to resume from; give checkpoint=.")
+        if self.checkpoint is None or not (resume and self.checkpoint.exists):
+            if not warm_start:
+                flow = init_from_data(flow, self.feed.sample(max(self.feed.size, _INIT_ROWS)))
+            return self.placement.put(init(key, flow, recipe)), History()
+        template = init(key, flow, recipe)
+        state, history, written = load_checkpoint(self.checkpoint.path, template, self.settings)
+        self.clock.resume(history.seconds, written["clock"])
+        return self.placement.put(state), history
+
     def loop(
         self,
         state: TrainState,
@@ -362,18 +370,15 @@ class _Run:
                 books.add_assessment(done, elapsed, assessment)
                 books.note_best(*best)
             if not reason and assessment is not None and books.stale() >= (self.patience or np.inf):
-                reason = "patience"
+                reason = clock.give_up(done)
             books.history.stop_reason = reason
             since = time.monotonic() - saved_at, done - saved_step
             if self.checkpoint is not None and (reason or self.checkpoint.due(*since)):
-                self._save(state, books)
+                settings = {**self.settings, "clock": clock.to_dict()}
+                save_checkpoint(self.checkpoint.path, state, books.finish(), settings)
                 saved_at, saved_step = time.monotonic(), done
             shown.update(done, elapsed, float(record.loss[count - 1]), books.best())
         return state, books.finish()
-
-    def _save(self, state: TrainState, books: "_Books") -> None:
-        settings = {**self.settings, "clock": self.clock.to_dict()}
-        save_checkpoint(self.checkpoint.path, state, books.finish(), settings)
 
     def _trouble(self, state: TrainState, recipe: Recipe) -> TrainingError:
         """The error that says what went wrong at the last step taken back."""
@@ -384,8 +389,9 @@ class _Run:
         return TrainingError(
             f"Training stopped at step {failed_at + 1}: {int(state.rollbacks)} steps were not "
             f"finite, though each was taken back and the learning rate halved. The first part to "
-            f"give a non-finite value is {blame.part}, for {words(blame.rows)}. Look at these rows "
-            "for values far outside the others, or lower the learning rate."
+            f"give a non-finite value is {blame.part}, for "
+            f"{'the whole batch' if blame.rows is None else words(blame.rows)}. Look there for "
+            "values far outside the others, or lower the learning rate."
         )
 
 
@@ -396,7 +402,7 @@ class _Books:
         self.history = history
         self._loss, self._rate = [history.loss], [history.rate]
 
-    def add(self, record: Info, count: int, elapsed: float, rollbacks: int, step, loss) -> None:
+    def add(self, record: Any, count: int, elapsed: float, rollbacks: int, step, loss) -> None:
         """A segment's losses and rates, and where the best parameters stand."""
         self._loss.append(record.loss[:count])
         self._rate.append(record.rate[:count])
@@ -409,7 +415,7 @@ class _Books:
         if np.isfinite(loss):
             self.history.best_step, self.history.best_loss = int(step), float(loss)
 
-    def add_assessment(self, step: int, elapsed: float, assessment: Assessment) -> None:
+    def add_assessment(self, step: int, elapsed: float, assessment: Any) -> None:
         """The losses of a validation."""
         history = self.history
         for name, value in (
@@ -419,7 +425,7 @@ class _Books:
             ("validation_seconds", elapsed),
         ):
             array = getattr(history, name)
-            setattr(history, name, np.append(array, np.asarray(value, array.dtype)))
+            setattr(history, name, np.append(array, np.asarray(value).astype(array.dtype)))
 
     def stale(self) -> int:
         """Validations since the best one."""

@@ -27,7 +27,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._typing import Array, PRNGKeyArray, PyTree
 from laminar.objectives import Batch
 
-_HALF_ROUNDS = 8
+_ROUND_PAIRS = 4
 _GOLDEN = np.uint32(0x9E3779B9)
 MAX_ROWS = 2**31 - 1
 
@@ -50,7 +50,7 @@ def _grid(n: int) -> tuple[np.uint32, np.uint32]:
     return np.uint32(a), np.uint32(-(-n // a))
 
 
-def _scramble(x, seed, epoch, n: int):
+def _scramble(x, seed, epoch, n: int, xp: Any):
     """One pass of the Feistel network over the a × b grid that covers 0…n−1.
 
     The cell (l, r) goes through l ← l + F_1(r) mod a, r ← r + F_2(l) mod b, and so on; each half
@@ -58,14 +58,22 @@ def _scramble(x, seed, epoch, n: int):
     arbitrary finite domains").
     """
     a, b = _grid(n)
-    left, right = x // b, x % b
     tweak = _mix(seed[0] + _mix(seed[1] ^ _mix(epoch + _GOLDEN)))
-    for j in range(1, _HALF_ROUNDS + 1):
-        round_key = _mix(tweak + np.uint32((j * int(_GOLDEN)) % 2**32))
-        if j % 2:
-            left = (left + _mix(right ^ round_key) % a) % a
-        else:
-            right = (right + _mix(left ^ round_key) % b) % b
+
+    def two_rounds(j, cell):
+        left, right = cell
+        tweaked = tweak + xp.asarray(j, xp.uint32) * _GOLDEN
+        left = (left + _mix(right ^ _mix(tweaked)) % a) % a
+        return left, (right + _mix(left ^ _mix(~tweaked)) % b) % b
+
+    cell = (x // b, x % b)
+    if xp is jnp:
+        # A loop, since eight rounds spelled out take long to compile.
+        left, right = lax.fori_loop(1, _ROUND_PAIRS + 1, two_rounds, cell)
+    else:
+        for j in range(1, _ROUND_PAIRS + 1):
+            cell = two_rounds(np.full(1, j), cell)
+        left, right = cell
     return left * b + right
 
 
@@ -85,16 +93,16 @@ def shuffled(seed, epoch, position, n: int):
     if isinstance(position, np.ndarray):
         seed = [np.full(1, word, np.uint32) for word in np.asarray(seed)]
         epoch = np.broadcast_to(np.asarray(epoch, np.uint32), position.shape)
-        row = _scramble(position, seed, epoch, n)
+        row = _scramble(position, seed, epoch, n, np)
         while (outside := row >= n).any():
-            row[outside] = _scramble(row[outside], seed, epoch[outside], n)
+            row[outside] = _scramble(row[outside], seed, epoch[outside], n, np)
         return row
     epoch = jnp.broadcast_to(epoch, position.shape)
 
     # The grid has a few cells too many; a point that lands there walks on along its cycle.
     def walk(carry):
         row, outside = carry
-        row = jnp.where(outside, _scramble(row, seed, epoch, n), row)
+        row = jnp.where(outside, _scramble(row, seed, epoch, n, jnp), row)
         return row, row >= np.uint32(n)
 
     start = (position, jnp.ones(position.shape, bool))
@@ -201,7 +209,7 @@ class MappedSource:
         """Number of rows."""
         return self.x.shape[0] if self.rows is None else len(self.rows)
 
-    def take(self, rows: np.ndarray) -> Batch:
+    def take(self, rows: Any) -> Batch:
         """The rows of given numbers, read in the order in which they lie in the file."""
         rows = rows if self.rows is None else self.rows[rows]
         order = np.argsort(rows, kind="stable")

@@ -8,6 +8,7 @@
 the held-out loss and keeps the best parameters, on the device.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -142,9 +143,7 @@ class Recipe(eqx.Module):
         self.spec = training_spec(flow, freeze)
         self.clip, self.ema, self.max_rollbacks = clip, ema, max_rollbacks
         if optimizer is None:
-            mask = decay_mask(eqx.filter(flow, self.spec))
-            decay = [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
-            self.transform = optax.chain(optax.scale_by_adam(), *decay, optax.scale(-1.0))
+            self.transform = _adamw(weight_decay)
             schedule = schedule or ("constant" if steps is None else "cosine")
         else:
             if not hasattr(optimizer, "update"):
@@ -153,6 +152,13 @@ class Recipe(eqx.Module):
             learning_rate, schedule = 1.0, schedule or "constant"
             warmup = warmup or 0
         self.rate = Rate(learning_rate, steps, schedule, warmup)
+
+
+@functools.lru_cache(maxsize=64)
+def _adamw(weight_decay: float) -> optax.GradientTransformation:
+    """AdamW at rate one; kept, so that a second training of like shapes compiles nothing."""
+    decay = [optax.add_decayed_weights(weight_decay, decay_mask)] if weight_decay else []
+    return optax.chain(optax.scale_by_adam(), *decay, optax.scale(-1.0))
 
 
 def _check_options(clip, weight_decay, ema, max_rollbacks) -> None:
