@@ -31,6 +31,7 @@ _PACKAGES = (
     "laminar.nn",
     "laminar.bijections",
     "laminar.density",
+    "laminar.mixtures",
     "laminar.distributions",
     "laminar.flow",
 )
