@@ -65,7 +65,7 @@ class AbstractDistribution(eqx.Module):
     def _log_prob(
         self, x: Array, condition: Condition = None, *, key: PRNGKeyArray | None = None
     ) -> Array:
-        """The log-density ln p(x | condition) of batch-last events ``shape + batch``, giving ``batch``."""
+        """The log-density of batch-last events ``shape + batch``, of shape ``batch``."""
 
     @abc.abstractmethod
     def _sample(self, key: PRNGKeyArray, batch: Shape = (), condition: Condition = None) -> Array:
@@ -79,9 +79,14 @@ class AbstractDistribution(eqx.Module):
         x = self._sample(sample_key, batch, condition)
         return x, self._log_prob(x, condition, key=density_key)
 
-    def _encode(self, condition: Condition) -> "tuple[AbstractDistribution, Condition]":
-        """Turn batch-first conditions into what the returned inner distribution takes."""
-        return self, condition
+    def _encode(
+        self, condition: Condition, batch: Shape, batch_size: int | None
+    ) -> "tuple[AbstractDistribution, Array | None]":
+        """Turn conditions ``batch + cond_shape`` into what the returned inner distribution takes.
+
+        The doors call it once, before conditions meet events, so each condition is encoded once.
+        """
+        return self, None if condition is None else condition.astype(self.dtype)
 
     @property
     def exactness(self) -> str:
@@ -125,15 +130,11 @@ class AbstractDistribution(eqx.Module):
             ShapeError: If shapes do not fit; the message prints both.
             InputError: If a needed key or condition is missing.
         """
-        if key is None and self.exactness != "exact":
-            raise InputError(
-                f"{self.name}: the log-density is {self.exactness}, not exact, so log_prob needs "
-                "a random key: log_prob(x, key=key)."
-            )
+        self._check_key(key, "log_prob")
         x, batch = self._check_event(x, self.shape, "x")
         condition, cond_batch = self._check_condition(condition)
-        target = _broadcast(self.name, batch, cond_batch)
-        return _apply(_score, self, key, x, batch, condition, cond_batch, target, batch_size)
+        target = broadcast(self.name, batch, cond_batch)
+        return apply_to_rows(_score, self, key, x, batch, condition, cond_batch, target, batch_size)
 
     def sample(
         self,
@@ -211,7 +212,15 @@ class AbstractDistribution(eqx.Module):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         condition, cond_batch = self._check_condition(condition)
         target = shape + cond_batch
-        return _apply(fn, self, key, None, (), condition, cond_batch, target, batch_size)
+        return apply_to_rows(fn, self, key, None, (), condition, cond_batch, target, batch_size)
+
+    def _check_key(self, key: PRNGKeyArray | None, method: str) -> None:
+        if key is None and self.exactness != "exact":
+            kind = "an unbiased estimate" if self.exactness == "unbiased" else "a bound"
+            raise InputError(
+                f"{self.name}: the log-density is {kind}, not exact, so {method} needs a random "
+                f"key: {method}(…, key=key)."
+            )
 
     def _check_event(self, x: ArrayLike, event: Shape, what: str) -> tuple[Array, Shape]:
         """Cast to the dtype and split off the batch shape."""
@@ -258,7 +267,7 @@ class AbstractDistribution(eqx.Module):
             inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
             cast.append(leaf.astype(self.dtype) if inexact else leaf)
             batches.append(leaf.shape[:split])
-        batch = _broadcast(f"{self.name}: condition", *batches)
+        batch = broadcast(f"{self.name}: condition", *batches)
         cast = [
             x if b == batch else jnp.broadcast_to(x, batch + event)
             for x, b, event in zip(cast, batches, shapes, strict=True)
@@ -291,7 +300,26 @@ def _mean(values: Array) -> Estimate:
     return Estimate(values.mean(0), values.std(0, ddof=min(1, n - 1)) / math.sqrt(n))
 
 
-def _broadcast(name: str, *shapes: Shape) -> Shape:
+def freeze_shapes(shapes: PyTree) -> tuple:
+    """A hashable form of a tree (dictionaries, tuples, lists) of shapes, fit for a static field."""
+    if isinstance(shapes, dict):
+        return ("dict", *((name, freeze_shapes(s)) for name, s in sorted(shapes.items())))
+    if is_shape(tuple(shapes)):
+        return tuple(shapes)
+    return ("tuple", *(freeze_shapes(s) for s in shapes))
+
+
+def thaw_shapes(frozen: tuple) -> PyTree:
+    """The tree of shapes that `freeze_shapes` was given, with lists as tuples."""
+    if frozen and frozen[0] == "dict":
+        return {name: thaw_shapes(s) for name, s in frozen[1:]}
+    if frozen and frozen[0] == "tuple":
+        return tuple(thaw_shapes(s) for s in frozen[1:])
+    return frozen
+
+
+def broadcast(name: str, *shapes: Shape) -> Shape:
+    """The common batch shape, or a `ShapeError` that names the part."""
     try:
         return jnp.broadcast_shapes(*shapes)
     except ValueError as error:
@@ -299,12 +327,10 @@ def _broadcast(name: str, *shapes: Shape) -> Shape:
         raise ShapeError(f"{name}: batch shapes {listed} do not broadcast.") from error
 
 
-# What the doors run: functions of (distribution, key, rows, x, condition) on one chunk. x and the
-# condition come batch-first, what they return is batch-last.
+# What the doors run: functions of (distribution, key, rows, x, condition) on one batch-last chunk.
 
 
 def _score(dist, key, rows, x, condition):
-    x = jnp.moveaxis(x, 0, -1)
     events = tuple(range(len(dist.shape)))
     infinite, missing = jnp.isinf(x), jnp.isnan(x)
     # Double where: the density never sees the infinity, so its gradient cannot turn into NaN.
@@ -324,6 +350,7 @@ def _generate_and_score(dist, key, rows, x, condition):
 @eqx.filter_jit
 def _piece(fn, dist, key, rows, x, condition):
     """One chunk. Compiled on its own, so that it is traced once for any number of chunks."""
+    x = None if x is None else jnp.moveaxis(x, 0, -1)
     if dist.cond_shape is None:
         condition = None
     elif condition.ndim > len(dist.cond_shape):
@@ -332,18 +359,30 @@ def _piece(fn, dist, key, rows, x, condition):
 
 
 @eqx.filter_jit
-def _apply(fn, dist, key, x, batch, condition, cond_batch, target, batch_size):
-    """Run `fn` over all rows of the batch shape `target`, in one piece or in chunks."""
-    cost, dtype = dist._row_cost, dist.dtype
-    count = math.prod(target)
-    dist, condition = dist._encode(condition)
-    if condition is not None:
-        condition = condition.astype(dtype)
-    if count == 0:
-        out = eqx.filter_eval_shape(
-            _piece, fn, dist, key, 1, _row_struct(x, batch), _row_struct(condition, cond_batch)
-        )
-        return jtu.tree_map(lambda s: jnp.zeros(target + s.shape[:-1], s.dtype), out)
+def apply_to_rows(fn, dist, key, x, batch, condition, cond_batch, target, batch_size):
+    """Run ``fn(dist, key, rows, x, condition)`` over all rows of a batch shape, in chunks.
+
+    Args:
+        fn: A function of the module level; it gets one chunk with the batch last, and returns
+            arrays with the batch last.
+        dist: The distribution, whose `_encode` and `_row_cost` are used.
+        key: A key, split for the chunks, or None.
+        x: Events ``batch + shape``, or None.
+        batch: The batch shape of x.
+        condition: What `dist` takes as condition, ``cond_batch + cond_shape``, or None.
+        cond_batch: The batch shape of the condition.
+        target: The batch shape of the result, to which both others broadcast.
+        batch_size: Rows in one chunk, or None to choose.
+
+    Returns:
+        The tree that `fn` returns, with ``target`` in front.
+    """
+    count, size = math.prod(target), _chunk_size(math.prod(target), dist._row_cost, batch_size)
+    dist, condition = dist._encode(condition, cond_batch, batch_size)
+
+    def run(key, rows, x, condition):
+        return _piece(fn, dist, key, rows, x, condition)
+
     sources = {
         "x": None if x is None else _rows(x, batch, target),
         # One condition for all rows stays one array: networks then see it once.
@@ -353,13 +392,26 @@ def _apply(fn, dist, key, x, batch, condition, cond_batch, target, batch_size):
         if math.prod(cond_batch) == 1
         else _rows(condition, cond_batch, target),
     }
-    size = _chunk_size(count, cost, batch_size)
-    if size >= count:
-        out = _piece(fn, dist, key, count, **{k: _take(s) for k, s in sources.items()})
-        out = jtu.tree_map(lambda y: jnp.moveaxis(y, -1, 0), out)
-    else:
-        out = _in_chunks(fn, dist, key, count, size, sources)
+    out = _in_chunks(run, key, count, size, sources)
     return jtu.tree_map(lambda y: y.reshape(target + y.shape[1:]), out)
+
+
+def encode_rows(net, tree, shapes, batch, batch_size):
+    """Apply a network to each of the trees ``batch + shapes`` once, in chunks.
+
+    Returns:
+        What the network gives, with ``batch`` in front.
+    """
+
+    def run(key, rows, tree):
+        return apply_net(net, jtu.tree_map(lambda c: jnp.moveaxis(c, 0, -1), tree), shapes)
+
+    cost = 32 * sum(math.prod(s) for s in jtu.tree_leaves(shapes, is_leaf=is_shape))
+    count = math.prod(batch)
+    sources = {"tree": jtu.tree_map(lambda c: _rows(c, batch, batch), tree)}
+    size = _chunk_size(count, max(cost, 256), batch_size)
+    out = _in_chunks(run, None, count, size, sources)
+    return out.reshape(batch + out.shape[1:])
 
 
 class _Rows(eqx.Module):
@@ -380,12 +432,6 @@ def _rows(array: Array, batch: Shape, target: Shape) -> _Rows:
     return _Rows(flat, jnp.broadcast_to(index, target).reshape(-1))
 
 
-def _take(source):
-    if not isinstance(source, _Rows):
-        return source
-    return source.array if source.index is None else source.array[source.index]
-
-
 def _chunk_size(count: int, cost: int, batch_size: int | None) -> int:
     if batch_size is not None:
         if batch_size < 1:
@@ -399,34 +445,54 @@ def _chunk_size(count: int, cost: int, batch_size: int | None) -> int:
     return -(-even // 16) * 16
 
 
-def _in_chunks(fn, dist, key, count, size, sources):
+def _in_chunks(run, key, count, size, sources):
+    """Call ``run(key, rows, **arguments)`` on pieces of all `_Rows` in `sources`; join the results.
+
+    Whatever in `sources` is not `_Rows` is given to every call as it is.
+    """
+
+    def is_rows(x):
+        return isinstance(x, _Rows)
+
+    def pick(source, cut=None):
+        if not is_rows(source):
+            return source
+        if source.index is None:
+            return source.array if cut is None else cut
+        return source.array[source.index if cut is None else cut]
+
+    if count == 0:
+        # Run one row of zeros, by shapes alone.
+        struct = jtu.tree_map(
+            lambda s: jnp.zeros((1, *s.array.shape[1:]), s.array.dtype) if is_rows(s) else s,
+            sources,
+            is_leaf=is_rows,
+        )
+        out = eqx.filter_eval_shape(lambda: run(key, 1, **struct))
+        return jtu.tree_map(lambda s: jnp.zeros((0, *s.shape[:-1]), s.dtype), out)
+    if size >= count:
+        out = run(key, count, **jtu.tree_map(pick, sources, is_leaf=is_rows))
+        return jtu.tree_map(lambda y: jnp.moveaxis(y, -1, 0), out)
+
     chunks = -(-count // size)
 
-    def cut(rows):
+    def cut(source):
+        if not is_rows(source):
+            return None
+        rows = source.array if source.index is None else source.index
         # Padding repeats a true row: a row of zeros may have infinite gradients.
         pad = [(0, chunks * size - count)] + [(0, 0)] * (rows.ndim - 1)
         return jnp.pad(rows, pad, mode="edge").reshape((chunks, size, *rows.shape[1:]))
 
-    moving = {
-        name: cut(s.array if s.index is None else s.index)
-        for name, s in sources.items()
-        if isinstance(s, _Rows)
-    }
-
-    def arguments(cuts):
-        for name, source in sources.items():
-            if name not in cuts:
-                yield name, source
-            elif source.index is None:
-                yield name, cuts[name]
-            else:
-                yield name, source.array[cuts[name]]
+    leaves, structure = jtu.tree_flatten(sources, is_leaf=is_rows)
 
     def body(_, step):
         chunk_key, cuts = step
-        return None, _piece(fn, dist, chunk_key, size, **dict(arguments(cuts)))
+        picked = [pick(source, c) for source, c in zip(leaves, cuts, strict=True)]
+        return None, run(chunk_key, size, **jtu.tree_unflatten(structure, picked))
 
     keys = None if key is None else jr.split(key, chunks)
+    moving = [cut(source) for source in leaves]
     # Checkpointing keeps memory bounded under reverse differentiation too.
     _, out = lax.scan(jax.checkpoint(body), None, (keys, moving), length=chunks)
 
@@ -435,9 +501,3 @@ def _in_chunks(fn, dist, key, count, size, sources):
         return y.reshape((chunks * size, *y.shape[2:]))[:count]
 
     return jtu.tree_map(join, out)
-
-
-def _row_struct(x, batch):
-    if x is None:
-        return None
-    return jax.ShapeDtypeStruct((1, *x.shape[len(batch) :]), x.dtype)

@@ -14,13 +14,28 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.core import Tracer
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import betaln
 
 from laminar._errors import InputError, ShapeError
-from laminar._params import expand
-from laminar._typing import Array, ArrayLike, Shape
-from laminar.density import AbstractDistribution, Estimate
+from laminar._params import Frozen, bounded, expand, positive, positive_inverse
+from laminar._typing import Array, ArrayLike, Callable, Shape
+from laminar.density import AbstractDistribution, Estimate, apply_net
+from laminar.mixtures import GaussianMixture, IsotropicMixture, Mixture
 
-__all__ = ["AbstractDistribution", "Estimate", "Normal"]
+__all__ = [
+    "AbstractDistribution",
+    "ConditionalNormal",
+    "Estimate",
+    "GaussianMixture",
+    "IsotropicMixture",
+    "Logistic",
+    "Mixture",
+    "MultivariateNormal",
+    "Normal",
+    "StudentT",
+    "Uniform",
+]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -67,6 +82,269 @@ class Normal(AbstractDistribution):
         return _place(noise, self.loc, self.log_scale), log_p
 
 
+class Uniform(AbstractDistribution):
+    """Independent uniform entries on the closed intervals [lo_i, hi_i].
+
+        ln p(x) = −Σ_i ln(hi_i − lo_i) inside, −∞ outside
+
+    The edges are frozen: the likelihood always gains by narrowing the support until data fall out
+    of it, so gradients cannot fit them.
+
+    Args:
+        shape: Event shape.
+        lo: Lower edges, broadcast to `shape`.
+        hi: Upper edges, above the lower ones.
+
+    Raises:
+        InputError: If an upper edge is not above the lower one.
+        ShapeError: If an argument does not broadcast to `shape`.
+    """
+
+    lo: Frozen[Array]
+    hi: Frozen[Array]
+    shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+
+    def __init__(self, shape: Shape | int = (), lo: ArrayLike = 0.0, hi: ArrayLike = 1.0):
+        self.shape = _as_shape(shape)
+        lo, hi = _parameters("Uniform", self.shape, lo=lo, hi=hi)
+        if not isinstance(hi - lo, Tracer) and not bool((hi > lo).all()):
+            raise InputError("Uniform: every hi must be above its lo.")
+        self.lo, self.hi = Frozen(lo), Frozen(hi)
+        self.cond_shape = None
+
+    def _log_prob(self, x, condition=None, *, key=None):
+        lo, hi = expand(self.lo.value, x.ndim), expand(self.hi.value, x.ndim)
+        log_p = jnp.where((x < lo) | (x > hi), -jnp.inf, -jnp.log(hi - lo))
+        return _sum(jnp.where(jnp.isnan(x), jnp.nan, log_p), self.shape)
+
+    def _sample(self, key, batch=(), condition=None):
+        lo, hi = self.lo.value, self.hi.value
+        noise = jr.uniform(key, self.shape + batch, lo.dtype)
+        return expand(lo, noise.ndim) + expand(hi - lo, noise.ndim) * noise
+
+
+class Logistic(AbstractDistribution):
+    """Independent logistic entries, the law whose distribution function is the sigmoid.
+
+        ln p(x) = Σ_i [ −z_i − 2 ln(1 + e^{−z_i}) − ln scale_i ],   z = (x − loc) / scale
+
+    Args:
+        shape: Event shape.
+        loc: Centres, broadcast to `shape`.
+        scale: Scales, positive; the standard deviation is scale · π/√3.
+
+    Raises:
+        InputError: If a scale is not positive.
+        ShapeError: If an argument does not broadcast to `shape`.
+    """
+
+    loc: Array
+    log_scale: Array
+    shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+
+    def __init__(self, shape: Shape | int = (), loc: ArrayLike = 0.0, scale: ArrayLike = 1.0):
+        self.shape = _as_shape(shape)
+        self.loc, scale = _parameters("Logistic", self.shape, loc=loc, scale=scale)
+        self.log_scale = jnp.log(scale)
+        self.cond_shape = None
+
+    def _log_prob(self, x, condition=None, *, key=None):
+        log_scale = expand(self.log_scale, x.ndim)
+        z = (x - expand(self.loc, x.ndim)) * jnp.exp(-log_scale)
+        return _sum(jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) - log_scale, self.shape)
+
+    def _sample(self, key, batch=(), condition=None):
+        noise = jr.logistic(key, self.shape + batch, self.loc.dtype)
+        return _place(noise, self.loc, self.log_scale)
+
+
+class StudentT(AbstractDistribution):
+    """Independent Student-t entries with learnable degrees of freedom ν, for heavy tails.
+
+        ln p(x) = Σ_i [ −½(ν_i + 1) ln(1 + z_i²/ν_i) − ln B(½, ν_i/2) − ½ ln ν_i − ln scale_i ]
+
+    with z = (x − loc) / scale. Draws are a normal over the root of a gamma variable, whose implicit
+    derivative (Figurnov et al. 2018) carries gradients to ν.
+
+    Args:
+        shape: Event shape.
+        df: Degrees of freedom ν, positive, broadcast to `shape`.
+        loc: Centres.
+        scale: Scales, positive.
+
+    Raises:
+        InputError: If a scale or df is not positive.
+        ShapeError: If an argument does not broadcast to `shape`.
+    """
+
+    loc: Array
+    log_scale: Array
+    raw_df: Array
+    shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: Shape | int = (),
+        df: ArrayLike = 5.0,
+        loc: ArrayLike = 0.0,
+        scale: ArrayLike = 1.0,
+    ):
+        self.shape = _as_shape(shape)
+        df, self.loc, scale = _parameters("StudentT", self.shape, df=df, loc=loc, scale=scale)
+        self.raw_df = positive_inverse(df)
+        self.log_scale = jnp.log(scale)
+        self.cond_shape = None
+
+    @property
+    def df(self) -> Array:
+        """The degrees of freedom, of the event's shape."""
+        return positive(self.raw_df)
+
+    def _log_prob(self, x, condition=None, *, key=None):
+        log_scale = expand(self.log_scale, x.ndim)
+        df = expand(self.df, x.ndim)
+        z = (x - expand(self.loc, x.ndim)) * jnp.exp(-log_scale)
+        # betaln keeps its digits at large df, where a difference of two gammaln has none left.
+        half = jnp.full_like(df, 0.5)
+        normaliser = betaln(half, 0.5 * df) + 0.5 * jnp.log(df) + log_scale
+        return _sum(-0.5 * (df + 1) * _log1p_square(z / jnp.sqrt(df)) - normaliser, self.shape)
+
+    def _sample(self, key, batch=(), condition=None):
+        normal_key, gamma_key = jr.split(key)
+        shape = self.shape + batch
+        half_df = jnp.broadcast_to(0.5 * expand(self.df, len(shape)), shape)
+        log_gamma = jr.loggamma(gamma_key, half_df, shape, self.loc.dtype)
+        noise = jr.normal(normal_key, shape, self.loc.dtype)
+        return _place(
+            noise * jnp.exp(0.5 * (jnp.log(half_df) - log_gamma)), self.loc, self.log_scale
+        )
+
+
+class MultivariateNormal(AbstractDistribution):
+    """The normal law on vectors with a full covariance Σ = L Lᵀ.
+
+        ln p(x) = −½ ‖L⁻¹(x − μ)‖² − Σ_i ln L_ii − ½ D ln 2π
+
+    Args:
+        loc: Mean μ, ``(D,)``.
+        covariance: Σ, ``(D, D)``, symmetric and positive definite; the identity by default.
+
+    Raises:
+        InputError: If the covariance is not positive definite.
+        ShapeError: If the shapes do not fit.
+    """
+
+    loc: Array
+    log_diagonal: Array
+    lower: Array
+    shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+
+    def __init__(self, loc: ArrayLike, covariance: ArrayLike | None = None):
+        shape = np.shape(loc)
+        if len(shape) != 1:
+            raise ShapeError(f"MultivariateNormal: loc must be a vector, and has shape {shape}.")
+        (self.loc,) = _parameters("MultivariateNormal", shape, loc=loc)
+        dim = shape[0]
+        if covariance is None:
+            covariance = jnp.eye(dim, dtype=self.loc.dtype)
+        if np.shape(covariance) != (dim, dim):
+            raise ShapeError(
+                f"MultivariateNormal: covariance has shape {np.shape(covariance)}, but loc of "
+                f"shape {shape} needs {(dim, dim)}."
+            )
+        factor = jnp.linalg.cholesky(jnp.asarray(covariance, self.loc.dtype))
+        if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
+            raise InputError("MultivariateNormal: the covariance is not positive definite.")
+        self.log_diagonal = jnp.log(jnp.diagonal(factor))
+        self.lower = jnp.tril(factor, -1)
+        self.shape, self.cond_shape = shape, None
+
+    @property
+    def cholesky(self) -> Array:
+        """The lower triangular factor L, ``(D, D)``."""
+        return jnp.tril(self.lower, -1) + jnp.diag(jnp.exp(self.log_diagonal))
+
+    @property
+    def covariance(self) -> Array:
+        """The covariance Σ = L Lᵀ, ``(D, D)``."""
+        return self.cholesky @ self.cholesky.T
+
+    def _log_normaliser(self):
+        return self.log_diagonal.sum() + self.shape[0] * _HALF_LOG_TWO_PI
+
+    def _log_prob(self, x, condition=None, *, key=None):
+        centred = (x - expand(self.loc, x.ndim)).reshape((self.shape[0], -1))
+        z = solve_triangular(self.cholesky, centred, lower=True)
+        return (-0.5 * (z * z).sum(0) - self._log_normaliser()).reshape(x.shape[1:])
+
+    def _sample(self, key, batch=(), condition=None):
+        return self._sample_and_log_prob(key, batch)[0]
+
+    def _sample_and_log_prob(self, key, batch=(), condition=None):
+        noise = jr.normal(key, self.shape + batch, self.loc.dtype)
+        x = expand(self.loc, noise.ndim) + jnp.tensordot(self.cholesky, noise, 1)
+        return x, -0.5 * (noise * noise).sum(0) - self._log_normaliser()
+
+
+class ConditionalNormal(AbstractDistribution):
+    """Independent normal entries whose mean and scale a network reads from the condition.
+
+        x_i ~ N(m_i(c), exp(2 s_i(c))),   s = limit · tanh(raw / limit)
+
+    Args:
+        net: Maps one condition to ``(2, *shape)`` (means, then raw log-scales); any callable. With
+            an attribute ``batch_last = True`` it takes trailing batch axes itself, otherwise it is
+            mapped over them.
+        shape: Event shape.
+        cond_shape: Shape of one condition.
+        limit: Bound on the absolute log-scale, so that no density can collapse.
+
+    Raises:
+        ShapeError: When the network gives another number of outputs.
+    """
+
+    net: Callable
+    shape: Shape = eqx.field(static=True)
+    cond_shape: Shape = eqx.field(static=True)
+    limit: float = eqx.field(static=True)
+
+    def __init__(
+        self, net: Callable, shape: Shape | int, cond_shape: Shape | int, limit: float = 7.0
+    ):
+        self.net, self.limit = net, limit
+        self.shape, self.cond_shape = _as_shape(shape), _as_shape(cond_shape)
+
+    def _moments(self, condition, ndim):
+        """Mean and log-scale with `ndim` axes each."""
+        out = apply_net(self.net, condition, self.cond_shape)
+        batch = condition.shape[len(self.cond_shape) :]
+        if out.size != 2 * math.prod(self.shape + batch):
+            raise ShapeError(
+                f"ConditionalNormal: the network gives {out.shape}, but events of shape "
+                f"{self.shape} and conditions {condition.shape} need {(2, *self.shape, *batch)}."
+            )
+        loc, raw = out.reshape((2, *self.shape, *batch))
+        return expand(loc, ndim), bounded(expand(raw, ndim), self.limit)
+
+    def _log_prob(self, x, condition=None, *, key=None):
+        loc, log_scale = self._moments(condition, x.ndim)
+        z = (x - loc) * jnp.exp(-log_scale)
+        return _sum(-0.5 * z * z - log_scale - _HALF_LOG_TWO_PI, self.shape)
+
+    def _sample(self, key, batch=(), condition=None):
+        return self._sample_and_log_prob(key, batch, condition)[0]
+
+    def _sample_and_log_prob(self, key, batch=(), condition=None):
+        loc, log_scale = self._moments(condition, len(self.shape + batch))
+        noise = jr.normal(key, self.shape + batch, loc.dtype)
+        log_p = _sum(-0.5 * noise * noise - log_scale - _HALF_LOG_TWO_PI, self.shape)
+        return loc + jnp.exp(log_scale) * noise, log_p
+
+
 def _sum(values: Array, shape: Shape) -> Array:
     """Sum over the leading event axes."""
     return values.sum(tuple(range(len(shape))))
@@ -75,6 +353,13 @@ def _sum(values: Array, shape: Shape) -> Array:
 def _place(noise: Array, loc: Array, log_scale: Array) -> Array:
     """The affine map loc + scale · noise, with batch axes last."""
     return expand(loc, noise.ndim) + jnp.exp(expand(log_scale, noise.ndim)) * noise
+
+
+def _log1p_square(z: Array) -> Array:
+    """The function ln(1 + z²), without overflow of the square."""
+    huge = jnp.abs(z) > 1e8
+    near, far = jnp.where(huge, 0, z), jnp.where(huge, jnp.abs(z), 1)
+    return jnp.where(huge, 2 * jnp.log(far), jnp.log1p(near * near))
 
 
 def _as_shape(shape: Shape | int | Sequence[int]) -> Shape:

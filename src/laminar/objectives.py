@@ -2,11 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from laminar._errors import ShapeError
-from laminar._typing import Array, PRNGKeyArray
+from laminar._typing import Array, Callable, PRNGKeyArray, Shape
 from laminar.density import AbstractDistribution
 
 
@@ -39,20 +39,58 @@ def nll(
     Returns:
         The loss, and ``{"log_prob": weighted mean log-likelihood, "weight": Σ w_i}``: means over
         several batches combine by their weights.
+
+    Raises:
+        ShapeError: If the batch does not fit the flow.
     """
-    x = jnp.moveaxis(jnp.asarray(batch.x, flow.dtype), 0, -1)
-    condition = jtu.tree_map(lambda c: jnp.moveaxis(c, 0, -1), batch.condition)
-    log_p = flow._log_prob(x, condition, key=key)
+    x, rows = flow._check_event(batch.x, flow.shape, "x")
+    if len(rows) != 1:
+        raise ShapeError(f"nll: x has batch axes {rows}, but a batch has exactly one.")
+    inner, condition = _encode(flow, batch.condition, rows)
+    log_p = inner._log_prob(jnp.moveaxis(x, 0, -1), condition, key=key)
     if batch.weights is None:
         mean, total = log_p.mean(), jnp.asarray(log_p.size, log_p.dtype)
     else:
-        if batch.weights.shape != log_p.shape:
-            raise ShapeError(
-                f"nll: weights have shape {batch.weights.shape}, the batch has {log_p.shape}."
-            )
+        if batch.weights.shape != rows:
+            raise ShapeError(f"nll: weights have shape {batch.weights.shape}, the batch {rows}.")
         weights = jnp.asarray(batch.weights, log_p.dtype)
         total = weights.sum()
         used = jnp.where(weights > 0, log_p, 0)
         # A batch of padding alone has mean zero and weight zero.
         mean = (weights * used).sum() / jnp.where(total > 0, total, 1)
     return -mean, {"log_prob": mean, "weight": total}
+
+
+def reverse_kl(
+    log_density: Callable[[Array], Array], samples: int = 256
+) -> Callable[[AbstractDistribution, Batch | None, PRNGKeyArray], tuple[Array, dict[str, Array]]]:
+    """An objective for variational inference: KL(q ‖ p) up to the constant ln ∫ p.
+
+        loss = E_q[ln q(x) − ln p(x)], by reparametrised draws (Rezende & Mohamed 2015, eq. 15)
+
+    Args:
+        log_density: The unnormalised ln p of one event, of shape ``()``.
+        samples: Draws for each step.
+
+    Returns:
+        An objective; it ignores its batch, and its ``aux`` holds ``{"elbo": −loss}``.
+    """
+
+    def objective(flow: AbstractDistribution, batch: Batch | None, key: PRNGKeyArray):
+        x, log_q = flow._sample_and_log_prob(key, (samples,))
+        log_p = jax.vmap(log_density, in_axes=-1)(x)
+        loss = (log_q - log_p).mean()
+        return loss, {"elbo": -loss}
+
+    return objective
+
+
+def _encode(flow: AbstractDistribution, condition: Any, rows: Shape):
+    """The inner distribution and its batch-last (or shared) condition."""
+    condition, batch = flow._check_condition(condition)
+    if batch not in ((), rows):
+        raise ShapeError(f"nll: x has batch axes {rows}, its condition {batch}.")
+    inner, condition = flow._encode(condition, batch, max(1, *rows))
+    if condition is not None and batch:
+        condition = jnp.moveaxis(condition, 0, -1)
+    return inner, condition
