@@ -25,7 +25,8 @@ from laminar._errors import InputError
 T = TypeVar("T")
 
 # Packages whose modules, dataclasses and named tuples are known from the start, and those above
-# this file in the layering, which are looked at when a name is not among them.
+# this file in the layering, whose modules and dataclasses are looked at when a name is not among
+# them. What only lives while training runs is not part of a model.
 _PACKAGES = (
     "laminar._params",
     "laminar.nn",
@@ -35,7 +36,7 @@ _PACKAGES = (
     "laminar.distributions",
     "laminar.flow",
 )
-_UPPER_PACKAGES = ("laminar.objectives", "laminar.train", "laminar.tables", "laminar.inference")
+_UPPER_PACKAGES = ("laminar.tables", "laminar.inference")
 
 # Old name -> present name, for classes of laminar renamed after a release.
 _RENAMED: dict[str, str] = {}
@@ -204,7 +205,8 @@ def _own() -> _Registry:
 def _own_and_upper() -> _Registry:
     registry = _own().copy()
     for name, cls in own_classes(_UPPER_PACKAGES):
-        registry.add(name, cls)
+        if dataclasses.is_dataclass(cls):
+            registry.add(name, cls)
     return registry
 
 
