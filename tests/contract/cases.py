@@ -15,7 +15,10 @@ import numpy as np
 
 from laminar._params import partition
 from laminar.bijections import compose, elementwise
+from laminar.bijections import linear as L
 from laminar.bijections.base import AbstractTransform, Identity, Invert
+from laminar.bijections.coupling import coupling
+from laminar.bijections.splines import RationalQuadratic
 
 INF = math.inf
 
@@ -102,5 +105,55 @@ def _layer(key):
     return C.Chain([_affine((3,))(affine_key), C.random_permutation(3, key=perm_key)])
 
 
+LINEAR = [
+    Case("triangular_lower", lambda key: randomise(L.Triangular(3), key)),
+    Case("triangular_upper", lambda key: randomise(L.Triangular(3, lower=False, bias=False), key)),
+    Case("lu", lambda key: randomise(L.LU(4, key=key), key)),
+    Case("lu_repeat", lambda key: C.repeat(_lu, 3, key=key)),
+    Case("householder", lambda key: randomise(L.Householder(4, key=key), key)),
+    Case("householder_odd", lambda key: randomise(L.Householder(4, 3, key=key), key)),
+    Case("low_rank", lambda key: randomise(L.LowRank(4, 2, key=key), key)),
+    Case("act_norm", lambda key: randomise(L.ActNorm(3), key)),
+    Case("act_norm_channels", lambda key: randomise(L.ActNorm((2, 2, 2), per_channel=True), key)),
+]
+
+COUPLED = [
+    Case("coupling_additive", lambda key: _coupling(E.Shift(), key)),
+    Case("coupling_affine", lambda key: _coupling(E.Affine(max_log_scale=2.0), key, cond_dim=2)),
+    Case("coupling_film", lambda key: _coupling(E.Affine(), key, cond_dim=2, film=True)),
+    Case("coupling_spline", lambda key: _coupling(RationalQuadratic(4), key)),
+    Case("coupling_one", lambda key: _coupling(RationalQuadratic(4), key, dim=1, cond_dim=2)),
+    Case(
+        "coupling_any_map",
+        lambda key: _coupling(C.Chain([E.Affine(), E.SinhArcsinh()]), key),
+    ),
+    Case(
+        "coupling_marginal",
+        lambda key: _coupling(
+            E.Affine(), key, marginal=RationalQuadratic(4, (2,)), activation="silu"
+        ),
+    ),
+    Case("coupling_repeat", lambda key: C.repeat(_coupled_layer, 3, key=key)),
+]
+
+
+def _lu(key):
+    """Tame enough that three in a row keep their digits."""
+    return randomise(L.LU(4, key=key), key, 0.5)
+
+
+def _coupling(template, key, dim=4, **options):
+    """A layer whose small network gives parameters of order one."""
+    layer = coupling(dim, template, key=key, width=8, depth=1, **options)
+    return randomise(layer, key, 0.4)
+
+
+def _coupled_layer(key):
+    """A coupling layer and a permutation of its own."""
+    layer_key, perm_key = jr.split(key)
+    layer = _coupling(E.Affine(max_log_scale=1.0), layer_key)
+    return C.Chain([layer, C.random_permutation(4, key=perm_key)])
+
+
 # Other tiers append their lists here.
-CASES: list[Case] = [*ELEMENTWISE, *COMPOSED]
+CASES: list[Case] = [*ELEMENTWISE, *COMPOSED, *LINEAR, *COUPLED]
