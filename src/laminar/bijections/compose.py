@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
-from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar._typing import Array, PRNGKeyArray, PyTree, Shape
 from laminar.bijections.base import (
     AbstractBijection,
     AbstractTransform,
@@ -267,16 +267,24 @@ def _stack(layers: Sequence[AbstractTransform]) -> AbstractTransform:
 
 
 def repeat(
-    make: Callable[[PRNGKeyArray], AbstractTransform], length: int, *, key: PRNGKeyArray
+    make: Callable[[PyTree], AbstractTransform],
+    length: int,
+    *,
+    key: PRNGKeyArray | None = None,
+    over: PyTree = None,
 ) -> Repeat:
-    """Build `length` layers at once by mapping ``make(key)`` over split keys.
+    """Build `length` layers at once by mapping `make` over one key, or other input, per layer.
 
     Args:
-        make: Builds one layer from a key. It is traced once, so it costs the same at any depth.
+        make: Builds one layer. It is traced once, so it costs the same at any depth.
         length: How many layers.
-        key: Split into one key for each layer.
+        key: Split into one key for each layer, given to `make`.
+        over: Instead of a key, a tree of arrays whose leading axis of `length` is mapped over.
     """
-    return Repeat(eqx.filter_vmap(make)(jr.split(key, length)))
+    if (key is None) == (over is None):
+        raise InputError("repeat: give either a key or the tree to map over.")
+    inputs = jr.split(key, length) if key is not None else over
+    return Repeat(eqx.filter_vmap(make)(inputs))
 
 
 class Independent(AbstractBijection):

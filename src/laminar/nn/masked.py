@@ -105,7 +105,7 @@ class MaskedMLP(eqx.Module):
             raise ShapeError(f"MaskedMLP: an order of shape {self.order.shape} for {dim} inputs.")
         first_key, cond_key, hidden_key = jr.split(key, 3)
         first_mask, hidden_mask, _ = self._masks()
-        degree = degrees(dim, width, cond_dim > 0)
+        degree = jnp.asarray(degrees(dim, width, cond_dim > 0))
         self.first = _draw(first_key, first_mask, degree + cond_dim)
         everyone = np.ones((width, cond_dim), bool)
         self.cond = _draw(cond_key, everyone, degree + cond_dim) if cond_dim else None
@@ -253,9 +253,9 @@ class MaskedMLP(eqx.Module):
         return y, log_det
 
 
-def _draw(key: PRNGKeyArray, mask: Array | np.ndarray, fan_in: np.ndarray) -> Array:
+def _draw(key: PRNGKeyArray, mask: Array | np.ndarray, fan_in: Array) -> Array:
     """LeCun-normal weights where the mask allows a connection, zero elsewhere."""
-    scale = jnp.asarray(1 / np.sqrt(np.maximum(fan_in, 1)))[:, None]
+    scale = lax.rsqrt(jnp.maximum(fan_in, 1).astype(jnp.zeros(()).dtype))[:, None]
     return jnp.where(mask, jr.normal(key, mask.shape) * scale, 0)
 
 

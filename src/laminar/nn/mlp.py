@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import eval_context
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
@@ -49,7 +50,7 @@ def activation_gain(activation: Activation) -> float:
     """
     z = np.linspace(-8.0, 8.0, 2049)
     weight = np.exp(-0.5 * z**2)
-    with jax.ensure_compile_time_eval():
+    with eval_context():
         value = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
     moment = float(np.sum(weight * value**2) / np.sum(weight))
     return 1.0 / math.sqrt(moment) if moment > 0 else 1.0

@@ -1,0 +1,293 @@
+"""Builders of whole flows under the names the field knows them by.
+
+Every builder takes ``dim`` and ``key`` and says which direction is cheap. All start as the
+identity, so the first density is that of the base. Layers are repeated by a scan: depth costs no
+compile time. Coordinates keep their places, because each layer carries an order of its own instead
+of permuting, so the path z_0, …, z_K can be followed column by column.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import jax.random as jr
+
+from laminar._errors import InputError
+from laminar._typing import Array, PRNGKeyArray
+from laminar.bijections.autoregressive import masked_autoregressive
+from laminar.bijections.base import AbstractTransform, Invert
+from laminar.bijections.compose import Chain, Permute, Repeat, repeat
+from laminar.bijections.coupling import coupling
+from laminar.bijections.elementwise import Affine, Shift
+from laminar.bijections.linear import LU
+from laminar.bijections.splines import RationalQuadratic
+from laminar.density import AbstractDistribution
+from laminar.distributions import Normal
+from laminar.flow import Flow
+from laminar.preset import Preset as Preset
+from laminar.preset import preset as preset
+
+Fast = Literal["log_prob", "sample"]
+
+MAX_LOG_SCALE = 3.0
+"""Bound on the log-scale of one affine layer: enough for any standardised data, and what keeps
+deep affine flows from overflowing."""
+
+
+def nsf(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 5,
+    width: int = 128,
+    depth: int = 2,
+    bins: int = 8,
+    cond_dim: int = 0,
+    coupling: bool = False,
+    fast: Fast = "log_prob",
+    interval: float = 5.0,
+    residual: bool = False,
+    linear: bool = False,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Neural spline flow: rational-quadratic splines (Durkan et al. 2019).
+
+    Autoregressive layers are the more expressive; their slow direction still costs only one
+    network pass (see `laminar.nn.masked`). Coupling layers are equally fast both ways.
+
+    Args:
+        dim: Number of columns D.
+        key: Draws the weights and the orders.
+        layers: Number of layers K.
+        width: Hidden units of a conditioner.
+        depth: Hidden layers of a conditioner, or residual blocks if `residual`.
+        bins: Bins of a spline.
+        cond_dim: Length of the condition; 0 for none.
+        coupling: Use coupling layers instead of autoregressive ones. A single column has nothing
+            to couple with and stays autoregressive.
+        fast: The direction that is one dense pass in an autoregressive layer: ``"log_prob"`` as
+            in a masked autoregressive flow, ``"sample"`` as in an inverse autoregressive flow.
+        interval: Splines act on [−interval, interval] and are the identity outside.
+        residual: Use residual blocks in the conditioners.
+        linear: Follow every layer by a learned linear map (LU), as the paper does for tables.
+        base: Base distribution, by default a standard normal.
+
+    Raises:
+        InputError: If a size or `fast` has no meaning.
+    """
+    template = RationalQuadratic(bins, interval=(-interval, interval))
+    stack = _build(
+        "nsf",
+        dim,
+        template,
+        key=key,
+        layers=layers,
+        width=width,
+        depth=depth,
+        cond_dim=cond_dim,
+        coupled=coupling,
+        fast=fast,
+        residual=residual,
+        linear=linear,
+    )
+    return _over(base, dim, stack)
+
+
+def maf(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 5,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    fast: Fast = "log_prob",
+    residual: bool = False,
+    linear: bool = False,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Masked autoregressive flow with affine maps (Papamakarios et al. 2017).
+
+    ``log_prob`` is one dense pass, and sampling costs about as much. A single column gets spline
+    maps: affine ones could only fit a Gaussian. Arguments are those of `nsf`.
+    """
+    stack = _build(
+        "maf",
+        dim,
+        _affine(dim),
+        key=key,
+        layers=layers,
+        width=width,
+        depth=depth,
+        cond_dim=cond_dim,
+        fast=fast,
+        residual=residual,
+        linear=linear,
+    )
+    return _over(base, dim, stack)
+
+
+def iaf(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 5,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    residual: bool = False,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Inverse autoregressive flow (Kingma et al. 2016): sampling is one dense pass.
+
+    Made for variational inference, where samples with their densities are needed. Equal to `maf`
+    with ``fast="sample"``. Arguments are those of `nsf`.
+    """
+    return maf(
+        dim,
+        key=key,
+        layers=layers,
+        width=width,
+        depth=depth,
+        cond_dim=cond_dim,
+        fast="sample",
+        residual=residual,
+        base=base,
+    )
+
+
+def realnvp(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 8,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    linear: bool = False,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Affine coupling layers (Dinh et al. 2017): both directions are one network pass.
+
+    A single column gets spline maps. Arguments are those of `nsf`.
+    """
+    stack = _build(
+        "realnvp",
+        dim,
+        _affine(dim),
+        key=key,
+        layers=layers,
+        width=width,
+        depth=depth,
+        cond_dim=cond_dim,
+        coupled=True,
+        linear=linear,
+    )
+    return _over(base, dim, stack)
+
+
+def nice(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 8,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Additive coupling layers and one final scaling (Dinh et al. 2014).
+
+    All layers but the diagonal scaling preserve volume. A single column gets spline maps. Arguments
+    are those of `nsf`.
+    """
+    stack = _build(
+        "nice",
+        dim,
+        Shift() if dim > 1 else _affine(dim),
+        key=key,
+        layers=layers,
+        width=width,
+        depth=depth,
+        cond_dim=cond_dim,
+        coupled=True,
+    )
+    return _over(base, dim, Chain([stack, Affine(shape=(dim,))]))
+
+
+BUILDERS = {"nsf": nsf, "maf": maf, "iaf": iaf, "realnvp": realnvp, "nice": nice}
+"""Builders by name, as the command line knows them."""
+
+
+def _affine(dim: int) -> AbstractTransform:
+    """The affine template, or for a single column a spline of the same default width."""
+    return Affine(max_log_scale=MAX_LOG_SCALE) if dim > 1 else RationalQuadratic(16)
+
+
+def _build(
+    name: str,
+    dim: int,
+    template: AbstractTransform,
+    *,
+    key: PRNGKeyArray,
+    layers: int,
+    width: int,
+    depth: int,
+    cond_dim: int,
+    coupled: bool = False,
+    fast: Fast = "log_prob",
+    residual: bool = False,
+    linear: bool = False,
+) -> Repeat:
+    """A scanned stack of layers of one kind."""
+    sizes = {"dim": dim, "layers": layers, "width": width, "depth": depth}
+    for size, value in sizes.items():
+        if value < 1:
+            raise InputError(f"{name}: {size} must be at least 1, not {value}.")
+    if cond_dim < 0:
+        raise InputError(f"{name}: cond_dim must be 0 or more, not {cond_dim}.")
+    if fast not in ("log_prob", "sample"):
+        raise InputError(f"{name}: fast must be 'log_prob' or 'sample', not {fast!r}.")
+
+    def autoregressive(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
+        layer = masked_autoregressive(
+            dim,
+            template,
+            width=width,
+            depth=depth,
+            cond_dim=cond_dim,
+            residual=residual,
+            order=order,
+            key=net_key,
+        )
+        return Invert(layer) if fast == "sample" else layer
+
+    def coupled_layer(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
+        move = Permute(order)
+        layer = coupling(dim, template, width=width, depth=depth, cond_dim=cond_dim, key=net_key)
+        return Chain([move, layer, Invert(move)])
+
+    def make(at: tuple[Array, PRNGKeyArray]) -> AbstractTransform:
+        order, net_key = at
+        layer = (coupled_layer if coupled and dim > 1 else autoregressive)(order, net_key)
+        return Chain([layer, LU(dim)]) if linear else layer
+
+    order_key, net_key = jr.split(key)
+    orders = _orders(dim, layers, order_key)
+    return repeat(make, layers, over=(orders, jr.split(net_key, layers)))
+
+
+def _over(base: AbstractDistribution | None, dim: int, stack: AbstractTransform) -> Flow:
+    """The flow of a stack over a base, by default the standard normal."""
+    return Flow(Normal(dim) if base is None else base, stack)
+
+
+def _orders(dim: int, layers: int, key: PRNGKeyArray) -> Array:
+    """One order for each layer, ``(layers, dim)``: random ones, each followed by its reverse.
+
+    An order and its reverse together let every column depend on every other, so two layers already
+    have no independence built in.
+    """
+    pairs = jnp.stack([jr.permutation(k, dim) for k in jr.split(key, (layers + 1) // 2)])
+    pairs = pairs.at[0].set(jnp.arange(dim))
+    both = jnp.stack([pairs, dim - 1 - pairs], axis=1).reshape(-1, dim)
+    return both[:layers].astype(jnp.int32)

@@ -1,0 +1,91 @@
+"""Every builder: identity at the start, exact both ways, conditioned, and honest about misuse."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from laminar import zoo
+from laminar._errors import InputError
+from laminar.bijections.base import Invert
+from laminar.bijections.splines import RationalQuadratic
+from laminar.distributions import StudentT
+from tests.contract.cases import randomise
+
+SMALL = {"layers": 3, "width": 16, "depth": 1}
+
+
+def _both_ways(flow, x, condition=None):
+    """In one program, to keep the suite quick: z and x again, and ln q from both sides."""
+
+    @eqx.filter_jit
+    def run(flow, x, condition):
+        z = flow.to_latent(x, condition)
+        samples, log_q = flow.sample_and_log_prob(jr.key(4), x.shape[:1], condition)
+        return flow.to_data(z, condition), log_q, flow.log_prob(samples, condition)
+
+    return run(flow, x, condition)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
+@pytest.mark.parametrize("dim", [1, 4])
+def test_a_flow_starts_as_its_base_and_inverts_at_random_parameters(name, dim):
+    flow = zoo.BUILDERS[name](dim, key=jr.key(0), cond_dim=2, **SMALL)
+    x = jr.normal(jr.key(1), (7, dim))
+    condition = jr.normal(jr.key(2), (2,))
+    np.testing.assert_allclose(
+        flow.log_prob(x, condition), flow.base.log_prob(x), rtol=1e-4, atol=1e-4
+    )
+    flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
+    back, log_q, again = _both_ways(flow, x, condition)
+    np.testing.assert_allclose(back, x, atol=2e-3)
+    np.testing.assert_allclose(log_q, again, rtol=1e-3, atol=5e-3)
+
+
+def test_spline_flow_options():
+    x = jr.normal(jr.key(1), (7, 3))
+    for options in (
+        {"coupling": True},
+        {"fast": "sample"},
+        {"residual": True, "linear": True},
+        {"base": StudentT((3,))},
+    ):
+        flow = zoo.nsf(3, key=jr.key(0), **SMALL, **options)
+        flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
+        np.testing.assert_allclose(_both_ways(flow, x)[0], x, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
+def test_one_column_gets_splines_not_a_silent_gaussian(name):
+    flow = zoo.BUILDERS[name](1, key=jr.key(0), **SMALL)
+    layer = flow.bijection.steps()[0]
+    layer = layer.bijection if isinstance(layer, Invert) else layer
+    assert isinstance(layer.template, RationalQuadratic)
+
+
+def test_orders_come_in_opposite_pairs():
+    orders = np.asarray(zoo._orders(6, 5, jr.key(0)))
+    assert orders.shape == (5, 6)
+    np.testing.assert_array_equal(orders[0], np.arange(6))
+    np.testing.assert_array_equal(orders[0::2][:2] + orders[1::2], np.full((2, 6), 5))
+    assert (np.sort(orders, axis=1) == np.arange(6)).all()
+
+
+def test_misuse_is_named():
+    with pytest.raises(InputError, match="layers must be at least 1"):
+        zoo.nsf(3, key=jr.key(0), layers=0)
+    with pytest.raises(InputError, match="fast must be"):
+        zoo.nsf(3, key=jr.key(0), fast="both")
+    with pytest.raises(InputError, match="cond_dim"):
+        zoo.maf(3, key=jr.key(0), cond_dim=-1)
+
+
+def test_depth_costs_no_structure():
+    shallow = zoo.nsf(3, key=jr.key(0), **{**SMALL, "layers": 2})
+    deep = zoo.nsf(3, key=jr.key(0), **{**SMALL, "layers": 32})
+    assert len(deep.bijection.steps()) == 32
+    count = [
+        len(str(eqx.filter_make_jaxpr(f.log_prob)(jnp.zeros((2, 3)))[0])) for f in (shallow, deep)
+    ]
+    assert count[1] < 1.05 * count[0]
