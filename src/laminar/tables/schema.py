@@ -82,10 +82,12 @@ class Schema:
     Attributes:
         columns: The columns that rows consist of, constants among them, in the user's order.
         given: The columns of the condition; a constant one carries no information and is ignored.
+        order: The names of both in the order of the table, by which rows without names are read.
     """
 
     columns: tuple[Column, ...]
     given: tuple[Column, ...] = ()
+    order: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -207,7 +209,9 @@ def learn_schema(table: Table, given: Sequence[str] = (), rows: np.ndarray | Non
         return learn_column(name, table.column(name), train.column(name), condition=condition)
 
     schema = Schema(
-        tuple(column(name, False) for name in names), tuple(column(name, True) for name in given)
+        tuple(column(name, False) for name in names),
+        tuple(column(name, True) for name in given),
+        table.names,
     )
     if not schema.modelled:
         raise InputError(

@@ -16,6 +16,10 @@ EXACT = 2.0**53
 """From here on float64 does not hold every integer."""
 
 
+class UnknownColumnError(InputError):
+    """A column is named that the table does not have."""
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """Named numeric columns.
@@ -90,12 +94,11 @@ def array_table(
     return Table(labels, array.astype(np.float64), source, named=names is not None)
 
 
-def unknown_column(name: str, names: Sequence[str], source: str) -> InputError:
+def unknown_column(name: str, names: Sequence[str], source: str) -> UnknownColumnError:
     """The error for a column that is not there, with the nearest name or the list of names."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if near:
-        return InputError(f"{source} has no column {name!r}; did you mean {near[0]!r}?")
-    return InputError(f"{source} has no column {name!r}; its columns are {listing(names)}.")
+    hint = f"did you mean {near[0]!r}?" if near else f"its columns are {listing(names)}."
+    return UnknownColumnError(f"{source} has no column {name!r}; {hint}")
 
 
 def listing(names: Sequence[str], limit: int = 12) -> str:

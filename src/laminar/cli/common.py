@@ -1,0 +1,290 @@
+"""What the commands share: options, output, checks of values, and how JAX is set up."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from laminar._errors import InputError
+
+if TYPE_CHECKING:
+    from laminar.tables.flow import TableFlow
+    from laminar.tables.table import Table
+
+Precision = Literal["float32", "float64"]
+
+_CACHE_LIMIT = 2**30
+
+TableArgument = Annotated[
+    str, typer.Argument(metavar="TABLE", help="A table file, or builtin:NAME.", show_default=False)
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A file written by fit.", show_default=False)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")
+]
+NoCacheOption = Annotated[
+    bool, typer.Option("--no-cache", help="Neither read nor keep compiled programs.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="From 0 to 4294967295.")]
+GivenOption = Annotated[
+    str | None, typer.Option("--given", help="Columns to condition on, separated by commas.")
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option("--columns", help="Columns to model, separated by commas; all when absent."),
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Steps of gradient descent.")]
+TimeOption = Annotated[
+    float | None, typer.Option("--time-limit", help="Seconds to train for, in all.")
+]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Rows in one step.")]
+RateOption = Annotated[float | None, typer.Option("--learning-rate", help="Its highest value.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of all computation.")]
+
+
+# ---------------------------------------------------------------------------------------- output
+
+
+def fail(message: str, as_json: bool = False) -> int:
+    """Print an error as one line on standard error (and as JSON on stdout); the status is 2."""
+    line = " ".join(message.split())
+    if as_json:
+        print(json.dumps({"error": line}, ensure_ascii=False))
+    print(f"laminar: {line}", file=sys.stderr)
+    return 2
+
+
+def say(message: str) -> None:
+    """Print a remark on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit_json(result: Mapping[str, Any]) -> None:
+    """Print a result as one JSON object; numbers that JSON lacks become null."""
+    print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; columns after the first whose cells are numbers stand right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    grid = RichTable(title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
+    for position, head in enumerate(heads):
+        cells = [row[position] for row in rows]
+        right = position > 0 and all(not cell or cell[0] in "-+.0123456789±" for cell in cells)
+        grid.add_column(head, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    # Where the output is no terminal there is no width to fit into.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(grid)
+
+
+def with_error(score: Mapping[str, Any]) -> str:
+    """A mean log-density with its standard error, as text."""
+    if score["log_density"] is None:
+        return "not finite"
+    return f"{score['log_density']:.3f} ± {score['error']:.3f}"
+
+
+# -------------------------------------------------------------------------------- values of options
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Refuse an option that is below its least value or not finite."""
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise InputError(f"{name} must be at least {least:g}, not {value:g}.")
+
+
+def positive(name: str, value: float | None) -> None:
+    """Refuse an option that is not a positive finite number."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} must be a positive number, not {value:g}.")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is no 32-bit number."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must lie between 0 and {2**32 - 1}, not {seed}.")
+
+
+def check_training(
+    steps: int | None, seconds: float | None, batch_size: int | None, rate: float | None
+) -> dict[str, Any]:
+    """The options of training that were given, checked."""
+    at_least("--steps", steps, 1)
+    positive("--time-limit", seconds)
+    at_least("--batch-size", batch_size, 1)
+    positive("--learning-rate", rate)
+    if rate is not None and rate > 10:
+        raise InputError(f"--learning-rate must be at most 10, not {rate:g}; try 0.001.")
+    options = {
+        "steps": steps,
+        "time_limit": seconds,
+        "batch_size": batch_size,
+        "learning_rate": rate,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_flow(name: str) -> None:
+    """Refuse a flow that there is none of, before JAX is loaded."""
+    names = ("auto", "nsf", "maf", "iaf", "realnvp", "nice")
+    if name not in names:
+        import difflib
+
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(names)}."
+        raise InputError(f"There is no flow named {name!r}; {hint}")
+
+
+def names_of(option: str, text: str | None) -> list[str] | None:
+    """Names separated by commas; a name that holds a comma is put in double quotes."""
+    if text is None:
+        return None
+    import csv
+
+    names = [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
+    if not names or not all(names):
+        raise InputError(f"{option} needs names separated by commas, as in {option} a,b.")
+    return names
+
+
+def output_file(path: str, *inputs: str) -> None:
+    """Refuse an output that cannot be written or that is one of the inputs, before any work."""
+    from laminar._files import check_writable
+
+    target = check_writable(path)
+    for other in inputs:
+        if Path(other).exists() and target.exists() and os.path.samefile(other, target):
+            raise InputError(f"--out {path} is the input itself; choose another file.")
+
+
+def output_table(path: str, *inputs: str) -> None:
+    """The same for a table, whose suffix must be one that can be written."""
+    from laminar.tables.read import table_suffix
+
+    table_suffix(path)
+    output_file(path, *inputs)
+
+
+# -------------------------------------------------------------------------------------------- JAX
+
+
+@contextlib.contextmanager
+def jax_session(precision: Precision, no_cache: bool = False) -> Iterator[None]:
+    """Set the precision, and keep compiled programs for the next run."""
+    import jax
+
+    directory = None if no_cache else _cache_directory()
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        jax.config.update("jax_raise_persistent_cache_errors", False)
+    with jax.enable_x64(precision == "float64"):
+        yield
+
+
+def _cache_directory() -> str | None:
+    """A folder that can be written, or None.
+
+    ``LAMINAR_CACHE_DIR`` names it, or turns the cache off when empty or "off".
+    """
+    chosen = os.environ.get("LAMINAR_CACHE_DIR")
+    if chosen is not None and chosen.strip().lower() in ("", "off", "none", "0"):
+        return None
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(chosen) if chosen else Path(home) / "laminar"
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        _trim(directory)
+    except (OSError, RuntimeError):
+        return None
+    return str(directory)
+
+
+def _trim(directory: Path) -> None:
+    """Delete the programs that were not used for longest when they take more than a gigabyte."""
+    entries = []
+    for entry in os.scandir(directory):
+        if entry.is_file():
+            stat = entry.stat()
+            entries.append((max(stat.st_atime, stat.st_mtime), stat.st_size, entry.path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= _CACHE_LIMIT:
+            return
+        os.unlink(path)
+        total -= size
+
+
+# ------------------------------------------------------------------------------- models and tables
+
+
+def model_precision(path: str) -> Precision:
+    """The precision a model was fitted in; a file that is no model is an error here already."""
+    from laminar.io import read_header
+
+    double = any(dtype == "float64" for dtype, _ in read_header(path).arrays.values())
+    return "float64" if double else "float32"
+
+
+def load_model(path: str) -> "TableFlow":
+    """A model that `fit` wrote."""
+    from laminar import io
+    from laminar.tables.flow import TableFlow
+
+    model = io.load(path)
+    if not isinstance(model, TableFlow):
+        raise InputError(
+            f"{path} holds a {type(model).__name__} and not a table's flow; load it in Python with "
+            f"laminar.load."
+        )
+    return model
+
+
+def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "Table":
+    """The columns of a table that a model needs."""
+    from laminar.tables.read import read_table, table_suffix
+    from laminar.tables.table import UnknownColumnError, listing
+
+    schema = model.schema
+    needed = schema.order if given else schema.given_names
+    if not given:
+        what = f"{path} is conditioned on {listing(needed)}"
+    else:
+        what = f"{path} needs {listing(needed)}"
+    if not spec.startswith("builtin:") and ".np" in table_suffix(
+        spec.partition(".npz:")[0] + ".npz" if ".npz:" in spec else spec
+    ):
+        return read_table(spec)
+    try:
+        return read_table(spec, columns=needed)
+    except UnknownColumnError as error:
+        raise InputError(f"{error} The model {what}.") from None

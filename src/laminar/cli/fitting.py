@@ -1,0 +1,197 @@
+"""The commands that train: fit and compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from laminar._errors import InputError
+from laminar.cli.common import (
+    BatchOption,
+    ColumnsOption,
+    GivenOption,
+    JsonOption,
+    NoCacheOption,
+    PrecisionOption,
+    RateOption,
+    SeedOption,
+    StepsOption,
+    TableArgument,
+    TimeOption,
+    check_flow,
+    check_seed,
+    check_training,
+    emit_json,
+    jax_session,
+    names_of,
+    output_file,
+    print_table,
+    say,
+    with_error,
+)
+
+if TYPE_CHECKING:
+    from laminar.tables.table import Table
+
+
+def fit(
+    table: TableArgument,
+    out: Annotated[str, typer.Option("--out", "-o", help="Where to write the model.")],
+    columns: ColumnsOption = None,
+    given: GivenOption = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Column of the rows' weights.")
+    ] = None,
+    flow: Annotated[
+        str, typer.Option("--flow", help="auto, nsf, maf, iaf, realnvp or nice.")
+    ] = "auto",
+    steps: StepsOption = None,
+    time_limit: TimeOption = None,
+    batch_size: BatchOption = None,
+    learning_rate: RateOption = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="File that keeps the state of training.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint (by default OUT.ckpt).")
+    ] = False,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = "float32",
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a flow to the rows of TABLE and save it.
+
+    A part of the rows is held out; the mean log-density of these is printed beside that of a
+    Gaussian, in nats and in the units of the table.
+    """
+    options = check_training(steps, time_limit, batch_size, learning_rate)
+    check_seed(seed)
+    check_flow(flow)
+    output_file(out, table)
+    if resume and checkpoint is None:
+        checkpoint = f"{out}.ckpt"
+    if checkpoint is not None:
+        output_file(checkpoint, table)
+        if Path(checkpoint).exists() and not resume:
+            raise InputError(
+                f"The checkpoint {checkpoint} exists; add --resume to go on from it, or delete it."
+            )
+    rows = _read(table, columns, given, weights)
+    with jax_session(precision, no_cache):
+        from laminar import io
+        from laminar.tables.flow import fit_table
+        from laminar.train.checkpoint import Checkpoint
+
+        if checkpoint is not None:
+            options["checkpoint"] = Checkpoint(checkpoint, seconds=_CHECKPOINT_SECONDS)
+            options["resume"] = resume
+        try:
+            model, report = fit_table(
+                rows,
+                given=names_of("--given", given) or (),
+                weights=weights,
+                flow=flow,
+                seed=seed,
+                notify=lambda note: say(f"note: {note}"),
+                progress=True,
+                **options,
+            )
+        except KeyboardInterrupt:
+            _interrupted(checkpoint)
+            raise typer.Exit(130) from None
+        report = {"model": out, "precision": precision, **report}
+        io.save(out, model, {key: value for key, value in report.items() if key != "model"})
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+    if as_json:
+        emit_json(report)
+        return
+    kept, all_columns = report["dimensions"], len(report["columns"])
+    print(
+        f"{report['flow']} fitted to {table}: {report['rows']:,} rows, {kept} of {all_columns} "
+        f"columns, {report['seconds']:.1f} s"
+    )
+    print(f"held-out log-density   {with_error(report['held_out'])}")
+    print(f"a Gaussian's           {with_error(report['gaussian'])}")
+    print(f"({report['held_out_rows']:,} rows held out; nats a row, in the table's units)")
+    print(f"saved to {out}")
+
+
+def compare(
+    table: TableArgument,
+    flows: Annotated[
+        str, typer.Option("--flows", help="Flows to compare, separated by commas.")
+    ] = "auto,nsf,maf,realnvp",
+    columns: ColumnsOption = None,
+    given: GivenOption = None,
+    steps: StepsOption = None,
+    time_limit: TimeOption = None,
+    batch_size: BatchOption = None,
+    learning_rate: RateOption = None,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = "float32",
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare flows with each other and baselines.
+
+    A fifth of the rows is set aside; every density is fitted to the others and scored on these.
+    Baselines are a Gaussian and scikit-learn's Gaussian mixture. Steps and time hold for each flow.
+    """
+    options = check_training(steps, time_limit, batch_size, learning_rate)
+    check_seed(seed)
+    names = names_of("--flows", flows) or []
+    for name in names:
+        check_flow(name)
+    rows = _read(table, columns, given, None)
+    with jax_session(precision, no_cache):
+        from laminar.tables.compare import compare_table
+
+        report = compare_table(
+            rows,
+            list(dict.fromkeys(names)),
+            given=names_of("--given", given) or (),
+            seed=seed,
+            notify=say,
+            progress=True,
+            **options,
+        )
+    if as_json:
+        emit_json(report)
+        return
+    lines = []
+    for entry in report["results"]:
+        behind = ""
+        if entry["behind"] is not None:
+            behind = f"{entry['behind']:.3f} ± {entry['behind_error']:.3f}"
+        lines.append((entry["name"], with_error(entry), behind, f"{entry['seconds']:.1f}"))
+    print_table(
+        f"{table}: mean log-density of {report['test_rows']:,} rows set aside "
+        f"({report['train_rows']:,} to learn from)",
+        ("density", "nats a row", "behind the best", "seconds"),
+        lines,
+    )
+
+
+_CHECKPOINT_SECONDS = 10.0
+
+
+def _read(spec: str, columns: str | None, given: str | None, weights: str | None) -> "Table":
+    """The columns to model and those named besides."""
+    from laminar.tables.read import read_table
+
+    extra = [*(names_of("--given", given) or []), *([weights] if weights else [])]
+    return read_table(spec, names_of("--columns", columns), extra)
+
+
+def _interrupted(checkpoint: str | None) -> None:
+    if checkpoint is not None and Path(checkpoint).exists():
+        say(
+            f"Interrupted; the checkpoint {checkpoint} is kept: run the same command with --resume "
+            f"to go on."
+        )
+    elif checkpoint is not None:
+        say("Interrupted before the first checkpoint; nothing was written.")
+    else:
+        say("Interrupted; nothing was written (--checkpoint FILE would keep the training state).")

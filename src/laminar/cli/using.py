@@ -1,0 +1,195 @@
+"""The commands that use a model: score, sample and check."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laminar._errors import InputError
+from laminar.cli.common import (
+    JsonOption,
+    ModelArgument,
+    NoCacheOption,
+    SeedOption,
+    TableArgument,
+    check_seed,
+    emit_json,
+    jax_session,
+    load_model,
+    model_precision,
+    output_table,
+    print_table,
+    read_for,
+    say,
+    with_error,
+)
+
+if TYPE_CHECKING:
+    from laminar.tables.flow import TableFlow
+
+
+def score(
+    model: ModelArgument,
+    table: TableArgument,
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Table to write: columns row and log_density.")
+    ],
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every row of TABLE.
+
+    Writes the log-density of each row, in nats and in the units of the columns.
+    """
+    import numpy as np
+
+    output_table(out, model, table)
+    with jax_session(model_precision(model), no_cache):
+        from laminar.tables.flow import weighted_mean
+        from laminar.tables.read import write_table
+
+        flow = load_model(model)
+        rows = read_for(flow, model, table)
+        log_p = flow.log_prob(rows)
+        _ignored_conditions(flow, rows)
+        write_table(out, {"row": rows.rows, "log_density": log_p})
+        outside = int(np.isneginf(log_p).sum())
+        mean = weighted_mean(log_p)
+    if as_json:
+        emit_json({"model": model, "table": table, "out": out, **mean, "outside_support": outside})
+        return
+    print(f"{len(rows):,} rows scored, mean log-density {with_error(mean)} nats; written to {out}")
+    if outside:
+        print(f"{outside:,} rows lie outside the support: their log-density is -inf")
+
+
+def sample(
+    model: ModelArgument,
+    n: Annotated[int, typer.Option("-n", help="Rows to draw, for each given row.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Table to write.")],
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--given", help="NAME=VALUE, once for each given column, or a table of given rows."
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw new rows.
+
+    Writes a table with the columns of the one that MODEL was fitted to.
+    """
+    if n < 1:
+        raise InputError(f"-n must be at least 1, not {n}.")
+    check_seed(seed)
+    output_table(out, model, *(g for g in given or () if "=" not in g))
+    with jax_session(model_precision(model), no_cache):
+        import jax.random as jr
+
+        from laminar.tables.read import write_table
+
+        flow = load_model(model)
+        conditions = _conditions(flow, model, given or [])
+        count = n * (len(conditions) if conditions is not None and not _is_map(conditions) else 1)
+        _refuse_too_many(count, len(flow.schema.names))
+        drawn = flow.sample(jr.key(seed), n, conditions)
+        write_table(out, dict(zip(drawn.names, drawn.values.T, strict=True)))
+    if as_json:
+        emit_json(
+            {"model": model, "out": out, "rows": len(drawn), "columns": drawn.names, "seed": seed}
+        )
+        return
+    print(f"{len(drawn):,} rows of {len(drawn.names)} columns written to {out}")
+
+
+def _is_map(given: Any) -> bool:
+    return isinstance(given, dict)
+
+
+def _conditions(flow: "TableFlow", model: str, given: list[str]) -> Any:
+    """Name → value, or a table, or None."""
+    if not given:
+        return None
+    if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
+        return read_for(flow, model, given[0], given=False)
+    values: dict[str, float] = {}
+    for text in given:
+        name, mark, value = text.rpartition("=")
+        name = name.strip()
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if not mark or not name or number is None:
+            raise InputError(
+                f"--given {text!r} is not NAME=VALUE with a number; write for instance "
+                f"--given {name or 'a'}=1.5."
+            )
+        if name in values:
+            raise InputError(f"--given names {name!r} twice; give one value.")
+        values[name] = number
+    return values
+
+
+def _refuse_too_many(rows: int, columns: int) -> None:
+    """Refuse more rows than memory holds, twice over for standardised and own units."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return
+    most = memory // (32 * columns)
+    if rows > most:
+        raise InputError(
+            f"{rows:,} rows of {columns} columns do not fit into memory; draw at most {most:,}."
+        )
+
+
+def _ignored_conditions(flow: "TableFlow", rows: Any) -> None:
+    for column in flow.schema.given:
+        if column.kind == "constant" and column.name in rows.names:
+            others = int((rows.column(column.name) != column.location).sum())
+            if others:
+                say(
+                    f"note: {others:,} rows differ from the only value of {column.name!r} that the "
+                    f"model has seen ({column.location:g}), which is ignored as a condition."
+                )
+
+
+def check(
+    model: ModelArgument,
+    table: Annotated[
+        str | None,
+        typer.Argument(metavar="[TABLE]", help="Rows to check at; samples when absent."),
+    ] = None,
+    seed: SeedOption = 0,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the mathematics of a model.
+
+    Does it invert, is the log-determinant the Jacobian's, does the density integrate to one? The exit status is 1 when a check fails.
+    """
+    check_seed(seed)
+    with jax_session(model_precision(model), no_cache):
+        flow = load_model(model)
+        rows = None if table is None else read_for(flow, model, table)
+        report = _run_checks(flow, rows, seed)
+    report = {"model": model, "table": table, **report}
+    if as_json:
+        emit_json(report)
+    else:
+        lines = [
+            (entry["name"], entry["value"], entry["bound"], "ok" if entry["passed"] else "FAILED")
+            for entry in report["checks"]
+        ]
+        print_table(f"{model}", ("check", "found", "allowed", ""), lines)
+        print(report["verdict"])
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+def _run_checks(flow: "TableFlow", rows: Any, seed: int) -> dict[str, Any]:
+    raise NotImplementedError

@@ -1,0 +1,99 @@
+"""Densities that a flow has to beat: a full-covariance Gaussian and scikit-learn's mixture.
+
+Both see the standardised rows that a flow is trained on, and are scored in the same units. Where
+there is a condition c they are fitted to rows and conditions together, and give
+ln p(z | c) = ln p(z, c) − ln p(c), which for a Gaussian mixture is exact.
+"""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)
+"""Numbers of components that a mixture is tried with."""
+
+
+class Rows(NamedTuple):
+    """Standardised rows on the host, float64.
+
+    Attributes:
+        x: Events (N, d).
+        condition: Conditions (N, c), or None.
+        weights: Non-negative weights (N,), or None.
+    """
+
+    x: np.ndarray
+    condition: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    @property
+    def joint(self) -> np.ndarray:
+        """Events and conditions side by side, (N, d + c)."""
+        parts = [self.x] if self.condition is None else [self.x, self.condition]
+        return np.concatenate(parts, axis=1)
+
+
+class Mixture(NamedTuple):
+    """A Gaussian mixture: weights (K,), means (K, D), covariances (K, D, D)."""
+
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+
+    def log_prob(self, rows: Rows) -> np.ndarray:
+        """The log-density ln p(x | condition) of each row, float64 of shape (N,)."""
+        if rows.condition is None:
+            return self._log_prob(rows.x)
+        d = rows.x.shape[1]
+        marginal = Mixture(self.weights, self.means[:, d:], self.covariances[:, d:, d:])
+        return self._log_prob(rows.joint) - marginal._log_prob(rows.condition)
+
+    def _log_prob(self, x: np.ndarray) -> np.ndarray:
+        from scipy.special import logsumexp
+        from scipy.stats import multivariate_normal
+
+        parts = [
+            np.log(w) + np.atleast_1d(multivariate_normal.logpdf(x, m, s, allow_singular=True))
+            for w, m, s in zip(self.weights, self.means, self.covariances, strict=True)
+        ]
+        return np.asarray(logsumexp(parts, axis=0))
+
+
+def gaussian(train: Rows) -> Mixture:
+    """The maximum-likelihood Gaussian with full covariance, and 1e-6 added to its diagonal."""
+    joint = train.joint
+    w = np.ones(len(joint)) if train.weights is None else train.weights
+    mean = np.average(joint, axis=0, weights=w)
+    covariance = np.atleast_2d(np.cov(joint.T, ddof=0, aweights=w))
+    return Mixture(np.ones(1), mean[None], (covariance + 1e-6 * np.eye(len(mean)))[None])
+
+
+def mixture(train: Rows, held_out: Rows, seed: int = 0) -> Mixture:
+    """scikit-learn's Gaussian mixture, its number of components chosen on held-out rows.
+
+    Weights of rows are not used, since scikit-learn's mixture takes none.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    joint = train.joint
+    best, best_score, falls = gaussian(train), -math.inf, 0
+    for components in COMPONENTS:
+        if components > 1 and components * 5 > len(joint):
+            break
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit(joint)
+        parts = (model.weights_, model.means_, model.covariances_)
+        candidate = Mixture(*(np.asarray(part) for part in parts))
+        score = float(np.mean(candidate.log_prob(held_out)))
+        if score > best_score:
+            best, best_score, falls = candidate, score, 0
+        else:
+            falls += 1
+        if falls == 2:
+            break
+    assert best is not None
+    return best
