@@ -47,6 +47,7 @@ def nsf(
     interval: float = 5.0,
     residual: bool = False,
     linear: bool = False,
+    affine: bool = False,
     base: AbstractDistribution | None = None,
 ) -> Flow:
     """Neural spline flow: rational-quadratic splines (Durkan et al. 2019).
@@ -69,12 +70,16 @@ def nsf(
         interval: Splines act on [−interval, interval] and are the identity outside.
         residual: Use residual blocks in the conditioners.
         linear: Follow every layer by a learned linear map (LU), as the paper does for tables.
+        affine: Follow every spline by a scale and shift that depend on the other columns too, which
+            brings heavy-tailed columns of varying spread into the interval.
         base: Base distribution, by default a standard normal.
 
     Raises:
         InputError: If a size or `fast` has no meaning.
     """
     template = RationalQuadratic(bins, interval=(-interval, interval))
+    if affine:
+        template = Chain([template, Affine(max_log_scale=MAX_LOG_SCALE)])
     stack = _build(
         "nsf",
         dim,

@@ -16,6 +16,7 @@ import numpy as np
 from laminar._params import partition
 from laminar.bijections import compose, elementwise
 from laminar.bijections import linear as L
+from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.coupling import coupling
 from laminar.bijections.splines import RationalQuadratic
@@ -76,6 +77,12 @@ ELEMENTWISE = [
     Case(
         "adapted_chain",
         lambda key: randomise(
+            E.as_elementwise(compose.Chain([Invert(E.Affine()), E.SinhArcsinh(), E.Shift()])), key
+        ),
+    ),
+    Case(
+        "composed",
+        lambda key: randomise(
             E.as_elementwise(compose.Chain([E.Affine(), E.SinhArcsinh(), E.Shift()])), key
         ),
     ),
@@ -120,17 +127,22 @@ LINEAR = [
 COUPLED = [
     Case("coupling_additive", lambda key: _coupling(E.Shift(), key)),
     Case("coupling_affine", lambda key: _coupling(E.Affine(max_log_scale=2.0), key, cond_dim=2)),
-    Case("coupling_film", lambda key: _coupling(E.Affine(), key, cond_dim=2, film=True)),
+    Case(
+        "coupling_film",
+        lambda key: _coupling(E.Affine(max_log_scale=1.0), key, cond_dim=2, film=True),
+    ),
     Case("coupling_spline", lambda key: _coupling(RationalQuadratic(4), key)),
     Case("coupling_one", lambda key: _coupling(RationalQuadratic(4), key, dim=1, cond_dim=2)),
     Case(
         "coupling_any_map",
-        lambda key: _coupling(C.Chain([E.Affine(), E.SinhArcsinh()]), key),
+        lambda key: _coupling(
+            C.Chain([E.Affine(max_log_scale=1.0), E.LeakyTanh(bound=1.0), E.Shift()]), key
+        ),
     ),
     Case(
         "coupling_marginal",
         lambda key: _coupling(
-            E.Affine(), key, marginal=RationalQuadratic(4, (2,)), activation="silu"
+            E.Affine(max_log_scale=2.0), key, marginal=RationalQuadratic(4, (2,)), activation="silu"
         ),
     ),
     Case("coupling_repeat", lambda key: C.repeat(_coupled_layer, 3, key=key)),
@@ -145,7 +157,7 @@ def _lu(key):
 def _coupling(template, key, dim=4, **options):
     """A layer whose small network gives parameters of order one."""
     layer = coupling(dim, template, key=key, width=8, depth=1, **options)
-    return randomise(layer, key, 0.4)
+    return randomise(layer, key, 0.25)
 
 
 def _coupled_layer(key):
@@ -155,5 +167,39 @@ def _coupled_layer(key):
     return C.Chain([layer, C.random_permutation(4, key=perm_key)])
 
 
+def _autoregressive(dim, template, cond_dim=0, residual=False, width=16):
+    """A masked autoregressive layer in a random order, at random parameters."""
+
+    def make(key):
+        order_key, net_key, draw_key = jr.split(key, 3)
+        layer = masked_autoregressive(
+            dim,
+            template,
+            width=width,
+            depth=2,
+            cond_dim=cond_dim,
+            residual=residual,
+            order=jr.permutation(order_key, dim),
+            key=net_key,
+        )
+        return randomise(layer, draw_key, 0.3)
+
+    return make
+
+
+AUTOREGRESSIVE = [
+    Case("maf", _autoregressive(5, elementwise.Affine(max_log_scale=2.0))),
+    Case("maf_conditional", _autoregressive(4, elementwise.Affine(max_log_scale=2.0), 3, True)),
+    Case("maf_single", _autoregressive(1, elementwise.Affine(max_log_scale=2.0), 2)),
+    Case("maf_few_units", _autoregressive(6, elementwise.Affine(max_log_scale=2.0), width=3)),
+    Case("nsf", _autoregressive(4, RationalQuadratic(6), residual=True)),
+    Case("nsf_conditional", _autoregressive(3, RationalQuadratic(6, tails="linear"), 2)),
+    Case("iaf", lambda key: Invert(_autoregressive(4, RationalQuadratic(6))(key))),
+    Case(
+        "nsf_affine",
+        _autoregressive(4, C.Chain([RationalQuadratic(6), elementwise.Affine(max_log_scale=2.0)])),
+    ),
+]
+
 # Other tiers append their lists here.
-CASES: list[Case] = [*ELEMENTWISE, *COMPOSED, *LINEAR, *COUPLED]
+CASES: list[Case] = [*ELEMENTWISE, *COMPOSED, *LINEAR, *COUPLED, *AUTOREGRESSIVE]

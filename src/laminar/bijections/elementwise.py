@@ -10,7 +10,9 @@ arguments are clipped before the arithmetic, so gradients are finite everywhere.
 """
 
 import abc
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
@@ -125,6 +127,54 @@ class Adapted(AbstractElementwise):
         return self.inner.tree.name
 
 
+class Composed(AbstractElementwise):
+    """Scalar maps one after the other as a single kernel, with their parameters end to end.
+
+    Args:
+        parts: Elementwise maps of one shape, first applied first.
+
+    Raises:
+        ShapeError: If there is none, or the shapes differ.
+    """
+
+    params: Array
+    parts: Frozen[tuple[AbstractElementwise, ...]]
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, parts: Sequence[AbstractElementwise]):
+        shapes = {part.in_shape for part in parts}
+        if len(shapes) != 1:
+            raise ShapeError(f"Composed takes maps of one shape, and got {sorted(shapes)}.")
+        self.params = jnp.concatenate([part.params for part in parts])
+        self.parts = Frozen(tuple(parts))
+        self.in_shape = shapes.pop()
+
+    def _run(self, direction, params, x):
+        ends = list(itertools.accumulate(part.params.shape[0] for part in self.parts.tree))
+        pieces = [
+            (part, params[end - part.params.shape[0] : end])
+            for part, end in zip(self.parts.tree, ends, strict=True)
+        ]
+        total = jnp.zeros((), x.dtype)
+        for part, own in pieces if direction == "forward_kernel" else pieces[::-1]:
+            x, log_det = getattr(part, direction)(own, x)
+            total = total + log_det
+        return x, total
+
+    def forward_kernel(self, params, x):
+        """The parts in order, with the summed log-derivative."""
+        return self._run("forward_kernel", params, x)
+
+    def inverse_kernel(self, params, y):
+        """The parts' inverses, last one first, with the summed log-derivative."""
+        return self._run("inverse_kernel", params, y)
+
+    @property
+    def name(self) -> str:
+        """The parts' names in order."""
+        return " + ".join(part.name for part in self.parts.tree)
+
+
 def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
     """Use any scalar bijection, such as a `Chain` of scalar maps, where a kernel is asked for.
 
@@ -133,7 +183,8 @@ def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
             order of the tree, become the P parameters; everything else stays fixed.
 
     Returns:
-        The bijection itself if it is elementwise already, otherwise an adapter.
+        The bijection itself if it is elementwise already, one fused kernel if it is a chain of
+        elementwise maps, otherwise an adapter.
 
     Raises:
         ShapeError: If it is not a scalar map, takes a condition, or is not exact.
@@ -150,6 +201,10 @@ def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
             f"as_elementwise takes an exact bijection without a condition; {bijection.name} is "
             f"{bijection.exactness!r} and takes a condition of shape {bijection.cond_shape}."
         )
+    steps = bijection.steps()
+    maps = [step for step in steps if isinstance(step, AbstractElementwise)]
+    if len(maps) == len(steps):
+        return Composed(maps)
     trained, _ = partition(bijection)
     leaves = [jnp.ravel(leaf) for leaf in jtu.tree_leaves(trained)]
     params = jnp.concatenate(leaves) if leaves else jnp.zeros((0,))
