@@ -29,6 +29,7 @@ from laminar.bijections.base import AbstractTransform, Invert
 from laminar.bijections.compose import Chain, Indexed, Repeat
 from laminar.flow import Flow
 from laminar.objectives import Batch, nll
+from laminar.preset import Preset
 from laminar.train.blame import find_blame
 from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from laminar.train.clock import Clock
@@ -95,7 +96,9 @@ def fit(
     Args:
         key: Random key. It decides the validation split, the order of rows and the objective's
             draws, so the same call gives the same bits.
-        flow: The flow to train. It is not changed; its arrays are copied once.
+        flow: The flow to train. It is not changed; its arrays are copied once. Or a `Preset` (see
+            `laminar.zoo.preset`), to be given the best density for the table:
+            `laminar.train.density.fit_density`, whose options are then all that count.
         data: Rows along the first axis: an array; a `Batch`; or a source: `ArraySource`,
             `MappedSource` for arrays larger than memory, or a stream of one's own
             (`laminar.train.Stream`). A memory-mapped array is read as a `MappedSource`.
@@ -144,6 +147,19 @@ def fit(
         TrainingError: If training stays non-finite; it names the step, the part of the flow and
             the rows.
     """
+    if isinstance(flow, Preset):
+        from laminar.train.density import fit_preset
+
+        options = {
+            "objective": objective is not nll,
+            "optimizer": optimizer is not None,
+            "freeze": freeze is not None,
+            "checkpoint": checkpoint is not None,
+            "steps": steps is not None,
+        }
+        return fit_preset(  # pyright: ignore[reportReturnType]
+            key, flow, data, condition, weights, validation, time_limit, progress, options
+        )
     begun = time.monotonic()
     _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule)
     shuffle_key, split_key, step_key, validation_key = jr.split(key, 4)

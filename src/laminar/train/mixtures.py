@@ -4,7 +4,7 @@ They are fitted on the host in float64 and are strong where rows are few. A cova
 k is the posterior mode under a prior worth ν rows of the pooled covariance Ψ, shrunk to the size a
 k-th part of the data should have:
 
-    Σ_k = (Σ_i r_ik (x_i − μ_k)(x_i − μ_k)ᵀ + ν K^{−2/D} Ψ) / (Σ_i r_ik + ν)
+    Σ_k = (Σ_i r_ik (x_i − μ_k)(x_i − μ_k)ᵀ + ν K^{−2/max(D,4)} Ψ) / (Σ_i r_ik + ν)
 
 so a component with few rows takes the shape of the whole table instead of collapsing (Fraley &
 Raftery 2007). A kernel density is the same family at its other end, one component for each row.
@@ -34,7 +34,7 @@ class Components(NamedTuple):
         """The log-density of each row (N,) under each component, ln w_k + ln N(x; μ_k, Σ_k)."""
         count, dim = self.means.shape
         # One product with all inverse factors side by side; L⁻¹ x and L⁻¹ μ are then subtracted.
-        whiten = np.stack([solve_triangular(f, np.eye(dim), lower=True) for f in self.factors])
+        whiten = np.tril(np.linalg.inv(self.factors))
         flat = whiten.transpose(2, 0, 1).reshape(dim, count * dim)
         shift = np.einsum("kij,kj->ki", whiten, self.means)
         constant = np.log(np.diagonal(whiten, axis1=1, axis2=2)).sum(1) + np.log(self.weights)
@@ -95,7 +95,8 @@ def fit_components(
     """
     n, dim = x.shape
     w = np.ones(n) if weights is None else weights * (n / weights.sum())
-    prior = prior_rows * count ** (-2 / dim) * pooled_covariance(x, weights)
+    # In few dimensions the exponent would make narrow spikes of components with few rows.
+    prior = prior_rows * count ** (-2 / max(dim, 4)) * pooled_covariance(x, weights)
     r = np.ones((n, 1)) if count == 1 else np.eye(count)[_clusters(x, count, w, seed)]
     last = -np.inf
     mixture = None
@@ -117,7 +118,7 @@ def _clusters(x, count, w, seed):
     spread = x.std(0)
     few = x if len(x) <= 5000 else x[np.random.default_rng(seed).choice(len(x), 5000, False)]
     w = w if len(x) <= 5000 else None
-    means = KMeans(count, n_init=1, max_iter=20, random_state=seed)
+    means = KMeans(count, n_init="auto", max_iter=20, random_state=seed)
     return means.fit(few / spread, sample_weight=w).predict(x / spread)
 
 

@@ -28,12 +28,17 @@ class Tail(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """One candidate: a ``"mixture"`` in data space, a ``"marginal"`` one behind quantile maps, a
-    ``"kernel"`` density, or the heavy ``"tail"``.
+    """One candidate density.
+
+    Attributes:
+        kind: ``"mixture"`` in data space, ``"marginal"`` (a mixture behind quantile maps),
+            ``"kernel"``, or the heavy ``"tail"``.
+        components: Number of Gaussians.
+        strength: Rows the prior is worth, or the width of kernels.
     """
 
     kind: str
-    count: int = 1
+    components: int = 1
     strength: float = 0.0
 
     @property
@@ -43,7 +48,7 @@ class Spec(NamedTuple):
             return "tail"
         if self.kind == "kernel":
             return f"kernel(width={self.strength:g})"
-        return f"{self.kind}({self.count}, prior={self.strength:g})"
+        return f"{self.kind}({self.components}, prior={self.strength:g})"
 
 
 class Shallow(NamedTuple):
@@ -83,7 +88,7 @@ def _fit(spec: Spec, x, weights, latent, seed, iterations):
         return mixtures.fit_kernels(x, spec.strength, diagonal=False, weights=weights)
     rows = x if spec.kind == "mixture" else latent[0]
     return mixtures.fit_components(
-        rows, spec.count, spec.strength, seed=seed, weights=weights, iterations=iterations
+        rows, spec.components, spec.strength, seed=seed, weights=weights, iterations=iterations
     )
 
 
@@ -143,7 +148,7 @@ def search(
     for path in sorted(paths, key=len):
         best = -np.inf
         for spec in path:
-            if spec.count > max(1, smallest // 4) or (specs and out_of_time()):
+            if spec.components > max(1, smallest // 4) or (specs and out_of_time()):
                 break
             parts = [
                 _score(
