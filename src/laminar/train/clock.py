@@ -1,5 +1,6 @@
 """When things happen in a training run: segments, validations, the final decay, the end."""
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -10,6 +11,29 @@ from laminar.train.state import Rate
 _LENGTH = 1000
 _DECAY_PART = 0.2
 _MARGIN = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """A linear fall of the learning rate from `level` to zero over `steps` steps after `start`."""
+
+    start: int
+    steps: int
+    level: float
+
+    @property
+    def plan(self) -> tuple[int, int, float]:
+        """The arguments of `Rate.decaying`."""
+        return self.start, self.steps, self.level
+
+    @property
+    def end(self) -> int:
+        """The step at which the rate is zero."""
+        return self.start + self.steps
+
+    def level_at(self, step: int) -> float:
+        """How far the rate has fallen."""
+        return self.level * (1 - (step - self.start) / self.steps)
 
 
 class Clock:
@@ -49,20 +73,19 @@ class Clock:
         self._calls = 0
         self._pace: float | None = None
         self._marked = begun
-        self._decay: tuple[int, int] | None = None
+        self._decay: Decay | None = None
         self._given_up = False
 
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        decay = None if self._decay is None else list(self._decay)
+        decay = None if self._decay is None else dataclasses.asdict(self._decay)
         return {"decay": decay, "given_up": self._given_up}
 
     def resume(self, seconds: float, written: dict[str, Any]) -> None:
         """Go on where another clock was: its seconds count, and a decay once begun stays."""
         self._before = seconds
-        decay = written["decay"]
+        self._decay = None if written["decay"] is None else Decay(**written["decay"])
         self._given_up = written["given_up"]
-        self._decay = None if decay is None else (decay[0], decay[1])
 
     def elapsed(self) -> float:
         """Seconds of the run so far."""
@@ -95,7 +118,9 @@ class Clock:
         now = time.monotonic()
         self._calls += 1
         if self._calls > 1:
-            self._pace = count / max(now - self._marked, 1e-6)
+            pace = count / max(now - self._marked, 1e-6)
+            # The harmonic mean with the past, since it is times that add up.
+            self._pace = pace if self._pace is None else 2 / (1 / pace + 1 / self._pace)
         self._marked = now
         return self.elapsed()
 
@@ -104,21 +129,28 @@ class Clock:
         return step % self.validate_every == 0 or step == self._end()
 
     def rate(self, rate: Rate, step: int) -> Rate:
-        """The learning rate, with its final decay once the time limit comes near."""
-        if self.limit is None:
-            return rate
-        if self._decay is None and self._pace is not None:
-            left = self.limit - self.elapsed()
-            steps = max(int(left * self._pace * _MARGIN), 1)
-            due = left <= _DECAY_PART * self.limit
-            if self.steps is not None:
-                steps = min(steps, self.steps - step)
-                due = due or step >= (1 - _DECAY_PART) * self.steps
-            if due or self._given_up:
-                # After giving up, a quarter of what was trained is enough.
-                steps = min(steps, max(step // 4, 1)) if self._given_up else steps
-                self._decay = (step, steps)
-        return rate if self._decay is None else rate.decaying(*self._decay)
+        """The learning rate of the next segment, with its final decay under a time limit.
+
+        The decay begins when a fifth of the time, or of the steps, is left, and ends with them. As
+        the pace may change, it is planned anew from where it stands before every segment.
+        """
+        if self.limit is None or self._pace is None:
+            return rate if self._decay is None else rate.decaying(*self._decay.plan)
+        left = self.limit - self.elapsed()
+        steps = max(int(left * self._pace * _MARGIN), 1)
+        due = left <= _DECAY_PART * self.limit or self._given_up
+        if self.steps is not None:
+            steps = min(steps, self.steps - step)
+            due = due or step >= (1 - _DECAY_PART) * self.steps
+        if self._decay is not None:
+            level = self._decay.level_at(step)
+            # What was planned is not lengthened.
+            self._decay = Decay(step, min(steps, max(self._decay.end - step, 1)), level)
+        elif due:
+            # After giving up, a quarter of what was trained is enough.
+            most = max(step // 4, 1) if self._given_up else steps
+            self._decay = Decay(step, min(steps, most), 1.0)
+        return rate if self._decay is None else rate.decaying(*self._decay.plan)
 
     def give_up(self, step: int) -> str:
         """What to do when the patience is spent: stop, but under a time limit decay first."""
@@ -131,17 +163,15 @@ class Clock:
         """Why training ends after this step, or nothing."""
         if self.steps is not None and step >= self.steps:
             return "steps"
-        if self.limit is not None:
-            decayed = self._decay is not None and step >= sum(self._decay)
-            if decayed and self._given_up:
-                return "patience"
-            if decayed or self.elapsed() >= self.limit:
-                return "time limit"
+        if self._decay is not None and step >= self._decay.end:
+            return "patience" if self._given_up else "time limit"
+        if self._decay is None and self.limit is not None and self.elapsed() >= self.limit:
+            return "time limit"
         return ""
 
     def _end(self) -> int | None:
         """The step after which training ends, where it is known."""
-        decayed = None if self._decay is None else sum(self._decay)
+        decayed = None if self._decay is None else self._decay.end
         known = [e for e in (self.steps, decayed) if e is not None]
         return min(known) if known else None
 

@@ -316,7 +316,7 @@ class ArrayFeed:
 
     capacity = None
 
-    def __init__(self, batch: Batch, rows: np.ndarray, seed, size: int, placement: Placement):
+    def __init__(self, batch: Batch, rows: Any, seed, size: int, placement: Placement):
         self.rows, self.size, self._seed, self._host = rows, size, np.asarray(seed), batch
         self.count = len(batch.x)
         source = ArraySource(*jtu.tree_map(jnp.asarray, batch))

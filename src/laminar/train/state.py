@@ -42,13 +42,14 @@ class Rate(eqx.Module):
         rate(t) = peak · min(1, (t + 1) / warmup) · shape(t) · tail(t)
 
     shape is ½ (1 + cos π s) with s the part of the budget after the warm-up that is done, or 1 for
-    a constant schedule; tail falls linearly from 1 to 0 over ``decay_steps`` steps that begin at
-    ``decay_from`` (never, unless set: see `decaying`).
+    a constant schedule; tail is ``level`` up to step ``decay_from`` and falls linearly to 0 over
+    the ``decay_steps`` steps that follow (level is 1 and nothing falls, unless set by `decaying`).
     """
 
     peak: Array
     warmup: Array
     steps: Array
+    level: Array
     decay_from: Array
     decay_steps: Array
     schedule: Schedule = eqx.field(static=True)
@@ -66,6 +67,7 @@ class Rate(eqx.Module):
         self.peak = jnp.asarray(peak, jnp.float32)
         self.warmup = jnp.asarray(warmup, jnp.int32)
         self.steps = jnp.asarray(total, jnp.int32)
+        self.level = jnp.ones((), jnp.float32)
         self.decay_from = jnp.asarray(_NEVER, jnp.int32)
         self.decay_steps = jnp.asarray(1, jnp.int32)
         self.schedule = schedule
@@ -81,12 +83,17 @@ class Rate(eqx.Module):
             rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
         # The difference is taken in integers, where it is exact at any step.
         past = jnp.maximum(step - self.decay_from, 0).astype(jnp.float32)
-        return rate * jnp.maximum(1 - past / self.decay_steps.astype(jnp.float32), 0.0)
+        left = jnp.maximum(1 - past / self.decay_steps.astype(jnp.float32), 0.0)
+        return rate * self.level * left
 
-    def decaying(self, start: int, steps: int) -> "Rate":
-        """The same rate with a final linear decay to zero over some steps."""
-        values = (jnp.asarray(start, jnp.int32), jnp.asarray(max(steps, 1), jnp.int32))
-        return eqx.tree_at(lambda r: (r.decay_from, r.decay_steps), self, values)
+    def decaying(self, start: int, steps: int, level: float = 1.0) -> "Rate":
+        """The same rate with a final linear decay from `level` to zero over some steps."""
+        values = (
+            jnp.asarray(level, jnp.float32),
+            jnp.asarray(start, jnp.int32),
+            jnp.asarray(max(steps, 1), jnp.int32),
+        )
+        return eqx.tree_at(lambda r: (r.level, r.decay_from, r.decay_steps), self, values)
 
 
 class Recipe(eqx.Module):
