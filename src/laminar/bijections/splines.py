@@ -1,0 +1,404 @@
+"""Monotone splines: rational-quadratic and linear.
+
+Speed is the point of this file. The bin axis comes first and the K bins are unrolled, so that
+softmax, cumulative edges, search and selection fuse into one pass over the points, without gather,
+scatter or sort. The search has a derivative rule of its own, linear in the tangents, whose
+transpose is one such pass too; what follows on the selected scalars is ordinary differentiation.
+"""
+
+import functools
+import itertools
+import math
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from laminar._errors import InputError
+from laminar._params import _SOFTPLUS_ONE
+from laminar._typing import Array, Shape
+from laminar.bijections.elementwise import AbstractElementwise
+
+Tails = Literal["identity", "linear"]
+
+_LOGIT_LIMIT = 40.0
+_STEPS = 3.0  # bins are numbered in steps of 1/3, so that a quotient stands last (see below)
+_HALF_STEP = 0.5 / _STEPS  # the compiler may round such a quotient in two ways
+
+
+class RationalQuadratic(AbstractElementwise):
+    r"""Monotone rational-quadratic spline (Durkan et al. 2019, eqs. 4–8).
+
+    With θ = (x − x_k) / w_k in bin k, s = h_k / w_k and knot slopes d_k:
+
+        y  = y_k + h_k (s θ² + d_k θ(1−θ)) / (s + (d_k + d_{k+1} − 2s) θ(1−θ))
+        dy/dx = s² (d_{k+1} θ² + 2s θ(1−θ) + d_k (1−θ)²) / (s + (d_k + d_{k+1} − 2s) θ(1−θ))²
+
+    The unconstrained parameters are K widths, K heights (softmax of each, above a minimum) and the
+    knot slopes (softplus, above a minimum); zero parameters give the identity up to rounding.
+
+    Args:
+        bins: K ≥ 2.
+        shape: Event shape.
+        interval: ``(lo, hi)``, which the spline maps onto itself.
+        tails: ``"identity"``: y = x outside the interval, and the end slopes are one, so P = 3K−1.
+            ``"linear"``: lines outside, with the learned end slopes, P = 3K+1. None: the domain
+            is the interval and outside it the log-det is −inf, P = 3K+1.
+        min_width: Least bin width, as a fraction of the interval.
+        min_height: Least bin height, likewise.
+        min_slope: Least slope at a knot.
+
+    Raises:
+        InputError: If an option has no meaning.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+    bins: int = eqx.field(static=True)
+    interval: tuple[float, float] = eqx.field(static=True)
+    tails: Tails | None = eqx.field(static=True)
+    min_width: float = eqx.field(static=True)
+    min_height: float = eqx.field(static=True)
+    min_slope: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        bins: int = 8,
+        shape: Shape = (),
+        *,
+        interval: tuple[float, float] = (-5.0, 5.0),
+        tails: Tails | None = "identity",
+        min_width: float = 1e-3,
+        min_height: float = 1e-3,
+        min_slope: float = 1e-3,
+    ):
+        _check_options("RationalQuadratic", bins, interval, tails, min_width, min_height)
+        if not 0 < min_slope < 1:
+            raise InputError(f"RationalQuadratic: min_slope must be in (0, 1), not {min_slope}.")
+        self.in_shape, self.bins = tuple(shape), bins
+        self.interval = (float(interval[0]), float(interval[1]))
+        self.tails = tails
+        self.min_width, self.min_height, self.min_slope = min_width, min_height, min_slope
+        count = 3 * bins + (-1 if tails == "identity" else 1)
+        self.params = jnp.zeros((count, *self.in_shape))
+
+    def _bin(self, params: Array, point: Array, search_y: bool):
+        """The bin a point is in: left knot, sizes, end slopes, and slopes of the outer knots."""
+        layout = _Layout(self.bins, self.tails == "identity")
+        found = _search(
+            layout, self.interval, (self.min_width, self.min_height), search_y, point, params
+        )
+        x_left, width, y_left, height, raw_left, raw_right = found
+        return x_left, width, y_left, height, self._slope(raw_left), self._slope(raw_right)
+
+    def _slope(self, raw: Array) -> Array:
+        return self.min_slope + (1 - self.min_slope) * _slope(raw)
+
+    def forward_kernel(self, params, x):
+        """The spline and its log-derivative at each x."""
+        inside = jnp.clip(x, *self.interval)
+        x_left, width, y_left, height, left, right = self._bin(params, inside, False)
+        s = height / width
+        theta = jnp.clip((inside - x_left) / width, 0.0, 1.0)
+        rest = 1 - theta
+        both = theta * rest
+        denominator = s + (left + right - 2 * s) * both
+        y = y_left + height * theta * (s * theta + left * rest) / denominator
+        log_det = _log_slope(s, left, right, theta, rest, denominator)
+        return self._finish(x, inside, y, log_det, left, right, 1.0)
+
+    def inverse_kernel(self, params, y):
+        """The root of the quadratic that each y makes with its bin, and the log-derivative there.
+
+        The cancellation-free root 2c / (−b − √(b² − 4ac)) is used, with the discriminant held ≥ 0.
+        """
+        inside = jnp.clip(y, *self.interval)
+        x_left, width, y_left, height, left, right = self._bin(params, inside, True)
+        s = height / width
+        # Everything is divided by the height, so that eta in [0, 1] replaces y − y_k.
+        eta = jnp.clip((inside - y_left) / height, 0.0, 1.0)
+        bend = left + right - 2 * s
+        a = s - left + eta * bend
+        b = left - eta * bend
+        c = -s * eta
+        theta = 2 * c / (-b - _safe_sqrt(b * b - 4 * a * c))
+        theta = jnp.clip(theta, 0.0, 1.0)
+        rest = 1 - theta
+        x = x_left + theta * width
+        denominator = s + bend * theta * rest
+        log_det = -_log_slope(s, left, right, theta, rest, denominator)
+        return self._finish(y, inside, x, log_det, left, right, -1.0)
+
+    def _finish(self, point, inside, image, log_det, left, right, sign):
+        """Put the tails on; `sign` is −1 for the inverse, whose outer slopes are reciprocal."""
+        below, above = point < self.interval[0], point > self.interval[1]
+        if self.tails is None:
+            return image, jnp.where(below | above, -jnp.inf, log_det)
+        if self.tails == "identity":
+            return image + (point - inside), jnp.where(below | above, 0.0, log_det)
+        # Clipped points are in the outer bins, so the slopes found there are the outer slopes.
+        outer = jnp.where(below, left, right)
+        slope = outer if sign > 0 else 1 / outer
+        log_outer = sign * jnp.log(outer)
+        beyond = jnp.where(below | above, slope, 0.0) * (point - inside)
+        return image + beyond, jnp.where(below | above, log_outer, log_det)
+
+
+def _log_slope(s, left, right, theta, rest, denominator):
+    """Ln dy/dx: of positive terms only, so nothing cancels."""
+    top = right * theta * theta + 2 * s * theta * rest + left * rest * rest
+    return 2 * jnp.log(s) + jnp.log(top) - 2 * jnp.log(denominator)
+
+
+@jax.custom_jvp
+def _slope(raw: Array) -> Array:
+    """`positive` of a clipped argument; its derivative reads its value alone: 1 − e^{−p}."""
+    return jnp.log1p(jnp.exp(jnp.clip(raw, -_LOGIT_LIMIT, _LOGIT_LIMIT) + _SOFTPLUS_ONE))
+
+
+@_slope.defjvp
+def _slope_jvp(primals, tangents):
+    value = _slope(primals[0])
+    # Written as a quotient for the reason given in `_search_and_keep`.
+    return value, tangents[0] / (-1 / jnp.expm1(-value))
+
+
+def _safe_sqrt(value: Array) -> Array:
+    """√max(value, 0) with a finite derivative at zero."""
+    positive_part = value > 0
+    return jnp.where(positive_part, jnp.sqrt(jnp.where(positive_part, value, 1.0)), 0.0)
+
+
+class Linear(AbstractElementwise):
+    """Monotone piecewise-linear spline (Müller et al. 2019, with free widths).
+
+    K widths and K heights, P = 2K; zero parameters give the identity up to rounding. The density
+    it makes is a histogram: discontinuous at the knots, where the right-hand slope is taken.
+
+    Args:
+        bins: K ≥ 2.
+        shape: Event shape.
+        interval: ``(lo, hi)``, which the spline maps onto itself.
+        tails: ``"identity"``: y = x outside; ``"linear"``: lines with the slope of the outer bins;
+            None: −inf outside.
+        min_width: Least bin width, as a fraction of the interval.
+        min_height: Least bin height, likewise.
+
+    Raises:
+        InputError: If an option has no meaning.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+    bins: int = eqx.field(static=True)
+    interval: tuple[float, float] = eqx.field(static=True)
+    tails: Tails | None = eqx.field(static=True)
+    min_width: float = eqx.field(static=True)
+    min_height: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        bins: int = 8,
+        shape: Shape = (),
+        *,
+        interval: tuple[float, float] = (-5.0, 5.0),
+        tails: Tails | None = "identity",
+        min_width: float = 1e-3,
+        min_height: float = 1e-3,
+    ):
+        _check_options("Linear", bins, interval, tails, min_width, min_height)
+        self.in_shape, self.bins = tuple(shape), bins
+        self.interval = (float(interval[0]), float(interval[1]))
+        self.tails = tails
+        self.min_width, self.min_height = min_width, min_height
+        self.params = jnp.zeros((2 * bins, *self.in_shape))
+
+    def _run(self, params, point, search_y):
+        layout = _Layout(self.bins, None)
+        inside = jnp.clip(point, *self.interval)
+        found = _search(
+            layout, self.interval, (self.min_width, self.min_height), search_y, inside, params
+        )
+        x_left, width, y_left, height = found
+        if search_y:
+            x_left, width, y_left, height = y_left, height, x_left, width
+        theta = (inside - x_left) / width
+        image = y_left + jnp.clip(theta, 0.0, 1.0) * height
+        slope, log_det = height / width, jnp.log(height) - jnp.log(width)
+        outside = (point < self.interval[0]) | (point > self.interval[1])
+        if self.tails is None:
+            return image, jnp.where(outside, -jnp.inf, log_det)
+        if self.tails == "identity":
+            return image + (point - inside), jnp.where(outside, 0.0, log_det)
+        return image + jnp.where(outside, slope, 0.0) * (point - inside), log_det
+
+    def forward_kernel(self, params, x):
+        """The spline and its log-derivative at each x."""
+        return self._run(params, x, False)
+
+    def inverse_kernel(self, params, y):
+        """The inverse spline and its log-derivative at each y."""
+        return self._run(params, y, True)
+
+
+def _check_options(owner, bins, interval, tails, min_width, min_height):
+    if bins < 2:
+        raise InputError(f"{owner}: bins must be at least 2, not {bins}.")
+    lo, hi = interval
+    if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
+        raise InputError(f"{owner}: interval must be finite and increasing, not ({lo}, {hi}).")
+    if tails not in ("identity", "linear", None):
+        raise InputError(f"{owner}: tails must be 'identity', 'linear' or None, not {tails!r}.")
+    for name, value in (("min_width", min_width), ("min_height", min_height)):
+        if not 0 < value * bins < 1:
+            raise InputError(
+                f"{owner}: {name} must be positive and less than 1/bins = {1 / bins:.3g}, "
+                f"not {value}."
+            )
+
+
+class _Layout(NamedTuple):
+    """How the raw parameters of a spline are laid out along their first axis.
+
+    Attributes:
+        bins: K.
+        ones: Whether the end slopes are one, hence absent; None when no knot has a slope.
+    """
+
+    bins: int
+    ones: bool | None
+
+    @property
+    def count(self) -> int:
+        """P."""
+        slopes = 0 if self.ones is None else self.bins + (-1 if self.ones else 1)
+        return 2 * self.bins + slopes
+
+
+def _rows(raw: Array, start: int, stop: int) -> list[Array]:
+    """Rows of the parameter axis as separate arrays, by static slices."""
+    return [lax.index_in_dim(raw, i, axis=0, keepdims=False) for i in range(start, stop)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _search(layout, interval, least, search_y, point, raw):
+    """Find the bin of each point and select what belongs to it.
+
+    Args:
+        layout: A `_Layout`.
+        interval: ``(lo, hi)``.
+        least: Least width and height, as fractions.
+        search_y: Whether the point is compared with the knots' y, not x.
+        point: ``(*s)``, within the interval.
+        raw: ``(P, *s)``, where axes of size one are broadcast.
+
+    Returns:
+        x_k, width, y_k, height, and the raw slopes at both ends where the spline has them.
+    """
+    return _search_and_keep(layout, interval, least, search_y, point, raw)[0]
+
+
+def _search_and_keep(layout, interval, least, search_y, point, raw):
+    """`_search`, and per point what its derivative needs: the bin and the softmax's constants.
+
+    A quotient stands last wherever a result has several readers, because XLA stores a quotient
+    and would repeat a chain of selections in every reader.
+    """
+    bins, (lo, _) = layout.bins, interval
+    shape = jnp.broadcast_shapes(point.shape, raw.shape[1:])
+    sides = []
+    for axis in range(2):
+        exps = [_exp(row) for row in _rows(raw, axis * bins, (axis + 1) * bins)]
+        sides.append((exps, list(itertools.accumulate(exps, jnp.add))))
+    _, cumulative = sides[search_y]
+    floor, free = _spans(layout, interval, least[search_y])
+    # One flag for each inner knot; the number of flags that are up is the bin.
+    passed = [
+        (point - (lo + (k + 1) * floor)) * cumulative[-1] >= free * cumulative[k]
+        for k in range(bins - 1)
+    ]
+    count = functools.reduce(jnp.add, [flag.astype(raw.dtype) for flag in passed])
+    index = count / _STEPS
+    found, kept = [], []
+    for (exps, cumulative), least_size in zip(sides, least, strict=True):
+        floor, free = _spans(layout, interval, least_size)
+        total = cumulative[-1]
+        before = _pick(passed, [jnp.zeros_like(total), *cumulative[:-1]]) / total
+        size = _pick(passed, exps) / total
+        found += [lo + floor * count + free * before, floor + free * size]
+        kept.append((total, before, size))
+    if layout.ones is not None:
+        slopes = _rows(raw, 2 * bins, layout.count)
+        if layout.ones:
+            one = jnp.zeros_like(slopes[0])
+            slopes = [one, *slopes, one]
+        found += [_pick(passed, slopes[:-1]), _pick(passed, slopes[1:])]
+    return tuple(jnp.broadcast_to(f, shape) for f in found), (index, kept)
+
+
+def _exp(raw: Array) -> Array:
+    """Softmax weights not yet divided by their sum; the clip stands in for a maximum."""
+    return jnp.exp(jnp.clip(raw, -_LOGIT_LIMIT, _LOGIT_LIMIT))
+
+
+def _spans(layout, interval, least):
+    """What every bin has at least, and what the softmax shares out."""
+    length = interval[1] - interval[0]
+    return length * least, length * (1 - layout.bins * least)
+
+
+def _pick(passed: list[Array], values: list) -> Array:
+    """values[number of flags up], as a chain of selections."""
+    picked = values[0]
+    for flag, value in zip(passed, values[1:], strict=True):
+        picked = jnp.where(flag, value, picked)
+    return picked
+
+
+@_search.defjvp
+def _search_jvp(layout, interval, least, search_y, primals, tangents):
+    """Derivative at a fixed bin: linear in the parameters' tangents, and blind to the point's."""
+    point, raw = primals
+    found, kept = _search_and_keep(layout, interval, least, search_y, point, raw)
+    # With a checkpoint the coefficients of all bins are recomputed, fused with their use, and not
+    # stored between the passes.
+    linear = jax.checkpoint(functools.partial(_tangents, layout, interval, least))
+    return found, linear(kept, raw, tangents[1])
+
+
+def _tangents(layout, interval, least, kept, raw, tangent):
+    """Tangents of the selected quantities, by sums over the bin axis.
+
+    With σ = softmax p and C_k the sum of its first k entries:
+    dC_k = Σ_j σ_j (1[j<k] − C_k) dp_j and dσ_k = Σ_j σ_j (1[j=k] − σ_k) dp_j.
+    Transposed, each sum is one elementwise pass over the parameters.
+    """
+    bins = layout.bins
+    index, sides = kept
+    sizes = [bins, bins] + ([] if layout.ones is None else [layout.count - 2 * bins])
+    raws, tangents = lax.split(raw, sizes, axis=0), lax.split(tangent, sizes, axis=0)
+
+    def bin_numbers(count, start):
+        shape = (count, *index.shape)
+        return (lax.broadcasted_iota(raw.dtype, shape, 0) + start) / _STEPS
+
+    k = index[None]
+    out = []
+    for axis, (total, before, size) in enumerate(sides):
+        _, free = _spans(layout, interval, least[axis])
+        j = bin_numbers(bins, 0)
+        weighted = free * _exp(raws[axis]) * tangents[axis]
+        out.append(
+            (((j < k - _HALF_STEP).astype(raw.dtype) - before[None]) * weighted).sum(0) / total
+        )
+        out.append(
+            (((jnp.abs(j - k) < _HALF_STEP).astype(raw.dtype) - size[None]) * weighted).sum(0)
+            / total
+        )
+    if layout.ones is not None:
+        for end in (0, 1):
+            j = bin_numbers(sizes[2], (1 if layout.ones else 0) - end)
+            out.append(((jnp.abs(j - k) < _HALF_STEP).astype(raw.dtype) * tangents[2]).sum(0))
+    return tuple(out)
