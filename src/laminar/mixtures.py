@@ -104,7 +104,7 @@ class GaussianMixture(AbstractDistribution):
             drawn = mean[:, None] + solve_triangular(factor, noise, lower=True)
             return jnp.where((choice == k)[None, :], drawn, x), None
 
-        parts = (jnp.arange(self.logits.size), self._factors(), self.means)
+        parts = (jnp.arange(self.logits.size, dtype=jnp.int32), self._factors(), self.means)
         x, _ = lax.scan(component, jnp.zeros_like(noise), parts)
         return x.reshape(self.shape + batch)
 
@@ -210,7 +210,8 @@ class Mixture(AbstractDistribution):
     ):
         if isinstance(components, AbstractDistribution | Frozen):
             self.components = components
-            parts, count = [_first(components)], _leading(components)
+            count = _leading(components)
+            parts = [_first(components)]
         else:
             self.components = tuple(components)
             parts = [_bare(part) for part in self.components]
@@ -298,7 +299,7 @@ class Mixture(AbstractDistribution):
             return self._keep(choice == k, drawn, x), None
 
         start = jnp.zeros(self.shape + batch, self.dtype)
-        indices = jnp.arange(len(self.logits))
+        indices = jnp.arange(len(self.logits), dtype=jnp.int32)
         return lax.scan(component, start, (indices, arrays, jnp.stack(keys)))[0]
 
 
@@ -336,7 +337,8 @@ def _choose(key, logits: Array, rows: int) -> Array:
     """Draw component indices by the inverse distribution function: no array of rows × K."""
     cumulative = jnp.cumsum(jax.nn.softmax(lax.stop_gradient(logits)))
     uniform = jr.uniform(key, (rows,), logits.dtype) * cumulative[-1]
-    return jnp.minimum(jnp.searchsorted(cumulative, uniform, side="right"), logits.size - 1)
+    found = jnp.searchsorted(cumulative, uniform, side="right").astype(jnp.int32)
+    return jnp.minimum(found, logits.size - 1)
 
 
 @jax.custom_jvp
