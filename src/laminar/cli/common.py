@@ -201,7 +201,7 @@ def jax_session(precision: Precision, no_cache: bool = False) -> Iterator[None]:
     directory = None if no_cache else _cache_directory()
     if directory is not None:
         jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
         jax.config.update("jax_raise_persistent_cache_errors", False)
     with jax.enable_x64(precision == "float64"):

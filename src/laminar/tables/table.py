@@ -96,8 +96,9 @@ def array_table(
 
 def unknown_column(name: str, names: Sequence[str], source: str) -> UnknownColumnError:
     """The error for a column that is not there, with the nearest name or the list of names."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"its columns are {listing(names)}."
+    folded = {column.casefold(): column for column in names}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    hint = f"did you mean {folded[near[0]]!r}?" if near else f"its columns are {listing(names)}."
     return UnknownColumnError(f"{source} has no column {name!r}; {hint}")
 
 

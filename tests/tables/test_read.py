@@ -1,0 +1,198 @@
+"""Reading and writing tables: round trips in every format, and errors that name the cell."""
+
+import datetime
+import decimal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from laminar._errors import InputError
+from laminar.tables.read import SUFFIXES, read_table, write_table
+from laminar.tables.table import Table, array_table
+
+VALUES = np.array([0.1, -1e300, 1 / 3, 5e-324, 1.7e9 + 2**-20])
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def error(spec, *args, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        read_table(spec, *args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_back_the_same_bits(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    write_table(path, {"row": np.arange(1, 6), "file": VALUES, "a, b": -VALUES})
+    table = read_table(path)
+    np.testing.assert_array_equal(table.values, np.stack([np.arange(1, 6), VALUES, -VALUES], 1))
+    assert table.named == (suffix != ".npy")
+    assert table.names == (("row", "file", "a, b") if table.named else ("x1", "x2", "x3"))
+    np.testing.assert_array_equal(table.rows, [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_selects_columns_in_the_order_asked_for(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    write_table(path, {"x1": VALUES, "x2": 2 * VALUES, "x3": -VALUES})
+    table = read_table(path, ["x3", "x1"])
+    assert table.names == ("x3", "x1")
+    np.testing.assert_array_equal(table.values, np.stack([-VALUES, VALUES], 1))
+    assert "x4" in error(path, ["x4"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names", "values"),
+    [
+        ("bom.csv", b"\xef\xbb\xbfa,b\r\n1,2\r\n", ("a", "b"), [[1, 2]]),
+        ("semicolon.csv", "a;b\n1;2\n", ("a", "b"), [[1, 2]]),
+        ("tabs.tsv", "a,b\tc\n1\t2\n", ("a,b", "c"), [[1, 2]]),
+        (
+            "quotes.csv",
+            '\n\n"a, b" , c\n\n"1", 2e3 \n\n+3,-.5\n',
+            ("a, b", "c"),
+            [[1, 2e3], [3, -0.5]],
+        ),
+        ("line.csv", '"a\nb",c\n1,2\n', ("a\nb", "c"), [[1, 2]]),
+        ("booleans.csv", "a,b\n1,True\n2,false\n", ("a", "b"), [[1, 1], [2, 0]]),
+        ("big.csv", "a\n9007199254740992\n1e300\n-36028797018963968\n", ("a",), None),
+        ("no_end.csv", "a\n1\n2", ("a",), [[1], [2]]),
+    ],
+)
+def test_csv_dialects(tmp_path, name, text, names, values):
+    table = read_table(write(tmp_path / name, text))
+    assert table.names == names
+    if values is not None:
+        np.testing.assert_array_equal(table.values, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("empty.csv", "", ["empty.csv", "empty"]),
+        ("blank.csv", "\n\n", ["blank.csv", "empty"]),
+        ("header.csv", "a,b\n", ["header.csv", "no rows"]),
+        ("twice.csv", "a,b,a\n1,2,3\n", ["two columns named 'a'"]),
+        ("unnamed.csv", "a,,c\n1,2,3\n", ["column 2 has no name"]),
+        ("headless.csv", "1,2\n3,4\n", ["line of numbers", "names"]),
+        ("text.csv", "a,b\n1,2\n3,x\n4,y\n", ["'b'", "row 2", "'x'", "1 more"]),
+        ("date.csv", "a\n2024-01-01\n", ["'a'", "row 1", "'2024-01-01'", "not a number"]),
+        ("underscore.csv", "a\n1_000\n", ["'1_000'"]),
+        ("missing.csv", "a,b\n1,2\n3,\nNA,nan\n", ["'a'", "1 missing", "row 3", "1 other column"]),
+        ("infinite.csv", "a\n1\ninf\n-inf\n1e999\n", ["'a'", "3 infinite", "row 2"]),
+        ("long.csv", "a,b\n1,2\n3,4,5\n", ["row 2", "3 cells", "2 columns"]),
+        ("short.csv", "a,b\n1,2\n\n3\n", ["row 2", "1 cell", "2 columns"]),
+        ("exact.csv", "a\n1\n9007199254740993\n", ["'a'", "row 2", "9007199254740993", "2**53"]),
+        ("latin.csv", b"a\xe9,b\n1,2\n", ["UTF-8"]),
+        ("gzip.csv.gz", b"no gzip", ["gzip.csv.gz", "gzip"]),
+        ("fake.parquet", "hello", ["fake.parquet", "Parquet"]),
+        ("fake.arrow", "hello, world", ["fake.arrow", "Arrow"]),
+        ("fake.npy", "hello", ["fake.npy"]),
+        ("fake.npz", "hello", ["fake.npz"]),
+        ("table.xlsx", "hello", ["table.xlsx", ".parquet"]),
+    ],
+)
+def test_bad_files(tmp_path, name, text, parts):
+    message = error(write(tmp_path / name, text))
+    assert str(tmp_path / name) in message
+    for part in parts:
+        assert part in message
+
+
+def test_what_is_not_there(tmp_path):
+    path = write(tmp_path / "heights.csv", "height,width\n1,2\n")
+    assert "does not exist" in error(tmp_path / "other.csv")
+    assert "did you mean" in error(tmp_path / "height.csv")
+    assert "directory" in error(tmp_path)
+    assert "did you mean 'height'" in error(path, ["hight"])
+    assert "its columns are height, width" in error(path, ["zzz"])
+    assert "two columns named 'width'" in error(path, ["width", "width"])
+    assert "two_moons" in error("builtin:xyz")
+    assert "did you mean builtin:wine" in error("builtin:wines")
+
+
+def test_types_of_parquet_columns(tmp_path):
+    path = tmp_path / "t.parquet"
+    columns = {
+        "half": pa.array([0.5, 2.0], pa.float32()),
+        "cents": pa.array([decimal.Decimal("1.25"), decimal.Decimal(2)]),
+        "truth": [True, False],
+        "day": [datetime.date(2024, 1, 1)] * 2,
+        "word": ["x", "y"],
+        "code": pa.array([3, 4]).dictionary_encode(),
+        "hole": [None, 1.5],
+        "id": [1, 2**53 + 1],
+        "id2": pa.array([1, 2**64 - 1], pa.uint64()),
+        "even": [2**60, -(2**53)],
+    }
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    table = read_table(path, ["half", "cents", "truth", "code", "even"])
+    np.testing.assert_array_equal(
+        table.values, [[0.5, 1.25, 1, 3, 2.0**60], [2, 2, 0, 4, -(2.0**53)]]
+    )
+    assert "date32" in error(path, ["day"])
+    assert "string" in error(path, ["word"])
+    assert "1 missing" in error(path, ["hole"])
+    assert "row 2 holds 9007199254740993" in error(path, ["id"])
+    assert "row 2 holds 18446744073709551615" in error(path, ["id2"])
+
+
+def test_arrow_streams_are_read_too(tmp_path):
+    path = str(tmp_path / "t.arrow")
+    data = pa.table({"a": [1.0, 2.0]})
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, data.schema) as stream:
+        stream.write_table(data)
+    np.testing.assert_array_equal(read_table(path).column("a"), [1, 2])
+
+
+def test_numpy_archives(tmp_path):
+    path = str(tmp_path / "t.npz")
+    np.savez(path, a=np.eye(2), b=np.ones((3, 3)), c=np.zeros(4))
+    assert "a (2, 2)" in error(path)
+    assert "did you mean 'a'" in error(f"{path}:aa")
+    np.testing.assert_array_equal(read_table(f"{path}:a").values, np.eye(2))
+    np.savez(path, rows=np.ones((3, 2)), label=np.zeros(3))
+    assert read_table(path).names == ("x1", "x2")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    assert "never loaded" in error(tmp_path / "objects.npy")
+    np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
+    assert "(2, 2, 2)" in error(tmp_path / "cube.npy")
+    np.save(tmp_path / "complex.npy", np.zeros(3, complex))
+    assert "complex128" in error(tmp_path / "complex.npy")
+    np.save(tmp_path / "names.npy", np.array([(1, 2.5)], dtype=[("u", "i4"), ("v", "f8")]))
+    assert read_table(tmp_path / "names.npy").names == ("u", "v")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("old")
+    with pytest.raises(Exception, match="length"):
+        write_table(path, {"a": np.zeros(2), "b": np.zeros(3)})
+    assert path.read_text() == "old"
+    with pytest.raises(InputError, match=r"\.parquet"):
+        write_table(tmp_path / "t.doc", {"a": np.zeros(2)})
+    with pytest.raises(InputError, match="does not exist"):
+        write_table(tmp_path / "no" / "t.csv", {"a": np.zeros(2)})
+    assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_tables_check_what_they_are_made_of():
+    with pytest.raises(InputError, match="two columns named 'a'"):
+        Table(("a", "a"), np.zeros((2, 2)))
+    with pytest.raises(InputError, match=r"\(2, 2\)"):
+        Table(("a",), np.zeros((2, 2)))
+    with pytest.raises(InputError, match=r"2\*\*53"):
+        array_table(np.array([[2**53 + 1]]))
+    table = Table(("a", "b"), np.arange(6.0).reshape(3, 2))
+    part = table.take(np.array([2, 0])).select(["b"])
+    np.testing.assert_array_equal(part.values, [[5.0], [1.0]])
+    np.testing.assert_array_equal(part.rows, [3, 1])
