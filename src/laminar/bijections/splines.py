@@ -271,7 +271,7 @@ class _Layout(NamedTuple):
     ones: bool | None
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """P."""
         slopes = 0 if self.ones is None else self.bins + (-1 if self.ones else 1)
         return 2 * self.bins + slopes
@@ -330,7 +330,7 @@ def _search_and_keep(layout, interval, least, search_y, point, raw):
         found += [lo + floor * count + free * before, floor + free * size]
         kept.append((total, before, size))
     if layout.ones is not None:
-        slopes = _rows(raw, 2 * bins, layout.count)
+        slopes = _rows(raw, 2 * bins, layout.size)
         if layout.ones:
             one = jnp.zeros_like(slopes[0])
             slopes = [one, *slopes, one]
@@ -377,7 +377,7 @@ def _tangents(layout, interval, least, kept, raw, tangent):
     """
     bins = layout.bins
     index, sides = kept
-    sizes = [bins, bins] + ([] if layout.ones is None else [layout.count - 2 * bins])
+    sizes = [bins, bins] + ([] if layout.ones is None else [layout.size - 2 * bins])
     raws, tangents = lax.split(raw, sizes, axis=0), lax.split(tangent, sizes, axis=0)
 
     def bin_numbers(count, start):

@@ -1,0 +1,195 @@
+"""Inversion of monotone scalar maps by bracketed root finding, with implicit gradients."""
+
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jax import lax
+
+from laminar._errors import InputError
+from laminar._typing import Array, Shape
+from laminar.bijections.elementwise import AbstractElementwise
+
+_GROWTH = 4.0
+_MAX_GROWTHS = 60
+_NEWTON_STEPS = 3
+
+
+def monotone_root(
+    f: Callable[[Array, Array], Array],
+    params: Array,
+    y: Array,
+    *,
+    bracket: tuple[float, float] = (-1.0, 1.0),
+    domain: tuple[float, float] = (-math.inf, math.inf),
+) -> Array:
+    """Solve f(params, x) = y for x, element by element, for increasing f.
+
+    A bracket is checked at both ends and moved outwards by powers of four until it holds the root
+    (Optimistix has the bisection that follows); three guarded Newton steps polish the result.
+    Derivatives, of any order and in both modes, are those of the implicit function:
+    dx = (dy − ∂f/∂params · dparams) / f′(x).
+
+    Args:
+        f: Takes parameters ``(P,)`` and one scalar x and returns a scalar; a function, or a module
+            whose arrays are differentiated too.
+        params: ``(P, *s)``, where axes of size one are broadcast.
+        y: ``(*s)``.
+        bracket: Where to look first.
+        domain: Closed interval on which f may be evaluated; the bracket stays within it.
+
+    Returns:
+        x of the shape and dtype of `y`; NaN wherever no bracket was found, as when y is not in the
+        range of f.
+
+    Raises:
+        InputError: If the bracket is not an increasing finite interval within the domain.
+    """
+    lo, hi = bracket
+    if not (-math.inf < lo < hi < math.inf and domain[0] <= lo and hi <= domain[1]):
+        raise InputError(
+            f"monotone_root: the bracket {bracket} must be finite, increasing and within the "
+            f"domain {domain}."
+        )
+
+    def one(params, y):
+        return _root(f, params, y, (bracket, domain))
+
+    for _ in range(y.ndim):
+        one = jax.vmap(one, in_axes=-1, out_axes=-1)
+    return one(jnp.broadcast_to(params, (params.shape[0], *y.shape)), y)
+
+
+@eqx.filter_custom_jvp
+def _root(f, params, y, options):
+    bracket, domain = options
+
+    def residual(x, _=None):
+        return f(params, x) - y
+
+    lower, upper, found = _find_bracket(residual, y.dtype, bracket, domain)
+    eps = float(jnp.finfo(y.dtype).eps)
+    solution = optx.root_find(
+        residual,
+        optx.Bisection(rtol=eps, atol=float(jnp.finfo(y.dtype).tiny), flip=False),
+        0.5 * lower + 0.5 * upper,
+        options={"lower": lower, "upper": upper},
+        max_steps=8 - int(math.log2(eps)),
+        throw=False,  # it stops at the number of steps; the bracket itself has been checked
+    )
+    x = solution.value
+    for _ in range(_NEWTON_STEPS):
+        value, slope = jax.jvp(residual, (x,), (jnp.ones_like(x),))
+        step = x - value / slope
+        better = (step >= lower) & (step <= upper) & (jnp.abs(residual(step)) <= jnp.abs(value))
+        x = jnp.where(better, step, x)
+    return jnp.where(found, x, jnp.nan)
+
+
+@_root.def_jvp
+def _root_jvp(primals, tangents):
+    f, params, y, options = primals
+    f_dot, params_dot, y_dot, _ = tangents
+    x = _root(f, params, y, options)
+
+    def at_root(f, params):
+        return f(params, x)
+
+    _, value_dot = eqx.filter_jvp(at_root, (f, params), (f_dot, params_dot))
+    _, slope = jax.jvp(lambda x: f(params, x), (x,), (jnp.ones_like(x),))
+    change = jnp.zeros_like(x)
+    if y_dot is not None:
+        change = change + y_dot
+    if value_dot is not None:
+        change = change - value_dot
+    return x, change / slope
+
+
+def _find_bracket(residual, dtype, bracket, domain):
+    """Move an interval outwards until it holds the root, each time leaving the part searched."""
+    lowest = max(domain[0], -0.5 * float(jnp.finfo(dtype).max))
+    highest = min(domain[1], 0.5 * float(jnp.finfo(dtype).max))
+    lower, upper = jnp.asarray(bracket[0], dtype), jnp.asarray(bracket[1], dtype)
+
+    def status(lower, upper):
+        return residual(lower) > 0, residual(upper) < 0
+
+    def unsettled(state):
+        count, lower, upper, _ = state
+        too_high, too_low = status(lower, upper)
+        room = (too_high & (lower > lowest)) | (too_low & (upper < highest))
+        return (count < _MAX_GROWTHS) & room
+
+    def grow(state):
+        count, lower, upper, step = state
+        too_high, too_low = status(lower, upper)
+        new_lower = jnp.where(too_high, lower - step, jnp.where(too_low, upper, lower))
+        new_upper = jnp.where(too_low, upper + step, jnp.where(too_high, lower, upper))
+        return (
+            count + 1,
+            jnp.maximum(new_lower, lowest),
+            jnp.minimum(new_upper, highest),
+            _GROWTH * step,
+        )
+
+    start = (jnp.asarray(0), lower, upper, upper - lower)
+    _, lower, upper, _ = lax.while_loop(unsettled, grow, start)
+    return lower, upper, (residual(lower) <= 0) & (residual(upper) >= 0)
+
+
+class NumericalInverse(AbstractElementwise):
+    """A scalar map known only by its forward kernel, inverted by `monotone_root`.
+
+    ``forward`` is the kernel; ``inverse`` solves for x and returns minus the kernel's log-slope
+    there. Both are differentiable, in the point and in the parameters.
+
+    Args:
+        kernel: ``kernel(params, x) -> (y, ln dy/dx)`` for params ``(P, *s)`` and points ``(*s)``,
+            increasing in x: a function, or a module with ``__call__``.
+        params: Unconstrained parameters, ``(P, *shape)``.
+        bracket: Where to look for a root first; it grows as needed.
+        domain: Closed interval on which the kernel may be evaluated.
+
+    A y that the kernel does not reach gives NaN, never a wrong value.
+    """
+
+    params: Array
+    kernel: Callable
+    in_shape: Shape = eqx.field(static=True)
+    bracket: tuple[float, float] = eqx.field(static=True)
+    domain: tuple[float, float] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        kernel: Callable,
+        params: Array,
+        *,
+        bracket: tuple[float, float] = (-1.0, 1.0),
+        domain: tuple[float, float] = (-math.inf, math.inf),
+    ):
+        self.kernel, self.params = kernel, params
+        self.in_shape = params.shape[1:]
+        self.bracket, self.domain = bracket, domain
+
+    def forward_kernel(self, params, x):
+        """``kernel(params, x)``."""
+        return self.kernel(params, x)
+
+    def inverse_kernel(self, params, y):
+        """The root of kernel(params, x) = y, and minus the log-slope there."""
+        value = _First(self.kernel)
+        x = monotone_root(value, params, y, bracket=self.bracket, domain=self.domain)
+        _, log_slope = self.kernel(params, x)
+        return x, -log_slope
+
+
+class _First(eqx.Module):
+    """A kernel without its log-slope."""
+
+    kernel: Callable
+
+    def __call__(self, params, x):
+        return self.kernel(params, x)[0]
