@@ -74,6 +74,13 @@ def test_names_for_type_checkers_are_the_lazy_ones():
     assert shown == laminar._HOMES
 
 
+def test_no_name_is_that_of_a_module():
+    # Loading the module would put it in the place of the name.
+    modules = {path.stem for path in SOURCE.parent.iterdir()}
+    assert not modules & set(laminar._HOMES)
+    assert set(laminar._MODULES) <= modules
+
+
 def test_unknown_name_is_refused():
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = laminar.no_such_name

@@ -90,7 +90,6 @@ if TYPE_CHECKING:
     from laminar.zoo import maf as maf
     from laminar.zoo import nice as nice
     from laminar.zoo import nsf as nsf
-    from laminar.zoo import preset as preset
     from laminar.zoo import realnvp as realnvp
 
 _NAMES = {
@@ -156,7 +155,7 @@ _NAMES = {
     "laminar.train.fit": ("fit",),
     "laminar.train.history": ("History",),
     "laminar.train.source": ("ArraySource", "MappedSource", "Stream"),
-    "laminar.zoo": ("iaf", "maf", "nice", "nsf", "preset", "realnvp"),
+    "laminar.zoo": ("iaf", "maf", "nice", "nsf", "realnvp"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = (
@@ -170,6 +169,7 @@ _MODULES = (
     "mixtures",
     "nn",
     "objectives",
+    "preset",
     "report",
     "tables",
     "testing",

@@ -7,19 +7,29 @@ Where points are followed, their colours run from dark blue to light orange, ord
 """
 
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.random as jr
 import numpy as np
 
 from laminar._errors import InputError, MissingExtraError, ShapeError
 from laminar._files import PathLike, atomic_write
-from laminar._typing import ArrayLike, Condition, PRNGKeyArray
+from laminar._params import Frozen
+from laminar._typing import ArrayLike, PRNGKeyArray
+from laminar.bijections.base import Identity
+from laminar.bijections.compose import Chain
+from laminar.bijections.path import step_names
+from laminar.flow import Flow
+from laminar.mixtures import Mixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from laminar.density import AbstractDistribution
+    from laminar.tables.flow import TableFlow
+    from laminar.tables.table import Table
 
 DATA = "#0072B2"
 FLOW = "#D55E00"
@@ -33,33 +43,37 @@ _TRIM = 0.005  # share of the data left outside the window on each side
 
 
 def plot_path(
-    flow: Any,
-    data: ArrayLike,
+    model: "AbstractDistribution | TableFlow",
+    data: "ArrayLike | Table",
     path: PathLike | None = None,
     *,
     key: PRNGKeyArray,
-    columns: tuple[int, int] | None = None,
+    columns: tuple[int | str, int | str] | None = None,
     names: Sequence[str] | None = None,
-    condition: Condition = None,
+    condition: Any = None,
     frames: int = 5,
     count: int = 2000,
     title: str | None = None,
 ) -> "Figure":
-    """Draw data, samples, and the way the samples took from the base to the data.
+    """Draw data, samples, and the way that samples take from the base to the data.
 
-    The upper row shows rows of the data and as many samples in one window. The lower row shows the
-    same samples at `frames` of the steps z_0, …, z_K, evenly spaced; a point keeps its colour,
-    which is its position along the horizontal axis in the base. With two dimensions the density
-    q_k is shaded behind the points.
+    The upper row shows rows of the data and as many samples in one window, in the data's units. The
+    lower row shows draws from the base at `frames` of the steps z_0, …, z_K, evenly spaced, in the
+    units of the flow; a point keeps its colour, which is its position along the horizontal axis in
+    the base. With two dimensions the density q_k is shaded behind the points.
+
+    Where the model is a mixture, as `fit_density` gives, the lower row follows the heaviest of the
+    parts that have more than one step, and says which share of the mixture it has.
 
     Args:
-        flow: A `Flow` of vectors.
-        data: ``(rows, D)``.
+        model: A flow of vectors, or a `TableFlow`.
+        data: ``(rows, D)``; a `Table` for a `TableFlow`.
         path: Where to write the picture as PNG; None only returns the figure.
         key: Draws the rows and the samples.
-        columns: Which two columns to show; by default the most strongly correlated pair.
+        columns: Which two columns to show, by position or name; by default the most strongly
+            correlated pair.
         names: Names of all D columns.
-        condition: One condition, shared by all samples.
+        condition: One condition, shared by all samples; for a `TableFlow` name → value.
         frames: How many steps of the path to show.
         count: Up to how many points to draw in a panel.
         title: A line above the picture.
@@ -70,44 +84,43 @@ def plot_path(
     Raises:
         MissingExtraError: If matplotlib is not installed.
         InputError: If the data have fewer than two columns or rows, or the columns do not exist.
+        ShapeError: If data and flow do not fit, or steps of the flow are not vectors of D entries.
     """
     figure_class = _matplotlib("plot_path")
-    row_key, sample_key = jr.split(key)
-    rows = _table(data, flow)
-    i, j = _choose_pair(rows, columns)
-    shown = _take(rows, count, row_key)
-    z = flow.upto(0).sample(sample_key, (len(shown),), condition)
-    way = flow.path(z=z, condition=condition)
-    points = [np.asarray(z, np.float64) for z in way.points]
-    if any(p.ndim != 2 or p.shape[1] != rows.shape[1] for p in points):
-        raise ShapeError(
-            f"plot_path draws flows whose every step is a vector of {rows.shape[1]} entries; "
-            f"the steps of this one are {[p.shape[1:] for p in points]}."
-        )
+    row_key, sample_key, path_key = jr.split(key, 3)
+    subject = _subject(model, data, names, condition)
+    flow, rows, labels = subject.flow, subject.rows, subject.names
+    i, j = _choose_pair(rows, labels, columns)
+    shown = rows[np.asarray(jr.permutation(row_key, len(rows)))[:count]]
+    samples = np.asarray(flow.sample(sample_key, (len(shown),), subject.condition), np.float64)
+    followed, share = _followed(flow)
+    points = _path(followed, path_key, len(shown), subject.condition)
     picked = _spread(len(points), frames)
 
     figure = figure_class(figsize=(2.3 * max(len(picked), 4), 6.6), dpi=_DPI, layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.32, 1))
-    labels = _names(names, rows.shape[1])
-    window = _window(np.concatenate([shown, points[-1]])[:, [i, j]], shown[:, [i, j]])
     left, right = upper.subplots(1, 2, sharex=True, sharey=True)
+    own, drawn = (subject.restore(values, (i, j)) for values in (shown, samples))
+    window = _window(np.concatenate([own, drawn]), own)
     for axes, values, colour, head in (
-        (left, shown, DATA, f"data ({len(shown):,} rows)"),
-        (right, points[-1], FLOW, f"samples ({len(shown):,})"),
+        (left, own, DATA, f"data ({len(own):,} rows)"),
+        (right, drawn, FLOW, f"samples ({len(drawn):,})"),
     ):
-        axes.scatter(*values[:, [i, j]].T, color=colour, **_dots(len(shown)))
+        axes.scatter(*values.T, color=colour, **_dots(len(values)))
         _dress(axes, head, window, labels[i], labels[j])
     right.set_ylabel("")
     hue = _ranks(points[0][:, i])
     panels = np.atleast_1d(lower.subplots(1, len(picked)))
-    for n, (axes, k) in enumerate(zip(panels, picked, strict=True)):
+    for axes, k in zip(panels, picked, strict=True):
         at = points[k][:, [i, j]]
         window = _window(at, at)
         if rows.shape[1] == 2:
-            _shade(axes, flow, k, window, condition, flip=(i, j) == (1, 0))
-        axes.scatter(*at.T, c=hue, cmap=HUES, vmin=0, vmax=1.2, **_dots(len(shown), small=True))
-        _dress(axes, _frame_title(k, len(points) - 1, n, way.names), window)
-    lower.suptitle("the path from base to data; a point keeps its colour", fontsize=10, color=INK)
+            _shade(axes, followed.upto(k), window, subject.condition, flip=(i, j) == (1, 0))
+        axes.scatter(*at.T, c=hue, cmap=HUES, vmin=0, vmax=1.2, **_dots(len(at), small=True))
+        _dress(axes, _frame_title(k, len(points) - 1), window)
+    part = "" if share is None else f" (a part of weight {share:.2f} in the mixture)"
+    head = f"the path from base to data{part}; a point keeps its colour"
+    lower.suptitle(head, fontsize=10, color=INK)
     if title:
         figure.suptitle(title, fontsize=12, color=INK)
     return _finish(figure, path)
@@ -258,30 +271,111 @@ def _matplotlib(caller: str) -> Any:
     return Figure
 
 
-def _table(data: ArrayLike, flow: Any = None) -> np.ndarray:
+class _Subject(NamedTuple):
+    """What `plot_path` draws.
+
+    Attributes:
+        flow: The flow, in its own units.
+        rows: The data in the flow's units, (rows, D).
+        names: Of the D columns.
+        condition: As the flow takes it.
+        restore: ``(rows in the flow's units, columns) -> those columns in the data's units``.
+    """
+
+    flow: Any
+    rows: np.ndarray
+    names: list[str]
+    condition: Any
+    restore: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def _subject(model: Any, data: Any, names: Sequence[str] | None, condition: Any) -> _Subject:
+    from laminar.tables.flow import TableFlow
+
+    if not isinstance(model, TableFlow):
+        rows = _table(data)
+        if model.shape != rows.shape[1:]:
+            raise ShapeError(
+                f"plot_path: the rows have shape {rows.shape[1:]} and the flow has events of shape "
+                f"{model.shape}."
+            )
+        labels = _names(names, rows.shape[1])
+        return _Subject(model, rows, labels, condition, lambda x, columns: x[:, list(columns)])
+    schema = model.schema
+    given = None
+    if condition is not None:
+        values = np.array([[float(condition[name]) for name in schema.given_names]])
+        given = schema.condition(values)
+        given = None if given is None else given[0].astype(model.flow.dtype)
+    rows = _table(schema.standardise(data.select(schema.names).values))
+
+    def restore(z: np.ndarray, columns: tuple[int, ...]) -> np.ndarray:
+        return np.stack([schema.modelled[c].restore(z[:, c]) for c in columns], axis=1)
+
+    labels = _names(names or [column.name for column in schema.modelled], rows.shape[1])
+    return _Subject(model.flow, rows, labels, given, restore)
+
+
+def _followed(flow: Any) -> tuple[Any, float | None]:
+    """The flow whose path is drawn, and its share if it is a part of a mixture."""
+    if not isinstance(flow, Flow):
+        flow = Flow(flow, Identity(flow.shape))
+    share = None
+    bijection, base = _bare(flow.bijection), _bare(flow.base)
+    while isinstance(base, Mixture) and isinstance(base.components, tuple):
+        parts = [_bare(part) for part in base.components]
+        weights = np.asarray(base.weights)
+
+        def rank(n: int, parts=parts, weights=weights) -> tuple[bool, float]:
+            deep = isinstance(parts[n], Flow) and len(step_names(_bare(parts[n].bijection))) > 1
+            return deep, float(weights[n])
+
+        best = max(range(len(parts)), key=rank)
+        share = float(weights[best]) * (1.0 if share is None else share)
+        base = parts[best]
+        if isinstance(base, Flow):
+            bijection = Chain([_bare(base.bijection), bijection])
+            base = _bare(base.base)
+    if share is None:
+        return flow, None
+    return Flow(base, bijection, flow.embed, flow.cond_shape), share
+
+
+def _bare(part: Any) -> Any:
+    return part.value if isinstance(part, Frozen) else part
+
+
+def _path(flow: Any, key: PRNGKeyArray, count: int, condition: Any) -> list[np.ndarray]:
+    """Draws from the base at every step, each (count, D)."""
+    z = flow.upto(0).sample(key, (count,), condition)
+    points = [np.asarray(z, np.float64) for z in flow.path(z, condition).points]
+    if any(p.ndim != 2 or p.shape != points[-1].shape for p in points):
+        raise ShapeError(
+            f"plot_path draws flows whose every step is a vector of {points[-1].shape[-1]} "
+            f"entries; the steps of this one are {[p.shape[1:] for p in points]}."
+        )
+    return points
+
+
+def _table(data: ArrayLike) -> np.ndarray:
     rows = np.asarray(data, np.float64)
     if rows.ndim != 2 or len(rows) < 2:
         raise InputError(f"A picture needs a table of two rows or more, not shape {rows.shape}.")
-    if flow is not None and flow.shape != rows.shape[1:]:
-        raise ShapeError(f"plot_path: rows of shape {rows.shape[1:]} for a flow of {flow.shape}.")
     return rows
 
 
-def _take(rows: np.ndarray, count: int, key: PRNGKeyArray) -> np.ndarray:
-    """Up to `count` distinct rows."""
-    return rows[np.asarray(jr.permutation(key, len(rows)))[:count]]
-
-
-def _choose_pair(rows: np.ndarray, columns: tuple[int, int] | None) -> tuple[int, int]:
+def _choose_pair(
+    rows: np.ndarray, names: Sequence[str], columns: tuple[int | str, int | str] | None
+) -> tuple[int, int]:
     """The two columns to draw: those given, or the most strongly correlated two (by rank)."""
     dim = rows.shape[1]
     if dim < 2:
         raise InputError("plot_path needs two columns or more; use plot_pairs for a single one.")
     if columns is not None:
-        i, j = columns
-        if not (0 <= i < dim and 0 <= j < dim and i != j):
-            raise InputError(f"plot_path: columns {columns} are not two of 0…{dim - 1}.")
-        return i, j
+        i, j = (names.index(c) if isinstance(c, str) and c in names else c for c in columns)
+        if not (i in range(dim) and j in range(dim) and i != j):
+            raise InputError(f"plot_path: {columns} are not two different columns of {dim}.")
+        return int(i), int(j)
     ranks = np.stack([_ranks(column) for column in rows.T])
     # A constant column has no rank; the small number keeps it at correlation zero.
     ranks = (ranks - ranks.mean(1, keepdims=True)) / (ranks.std(1, keepdims=True) + 1e-12)
@@ -331,20 +425,21 @@ def _dots(count: int, small: bool = False) -> dict[str, Any]:
     return {"s": size, "alpha": opacity, "linewidths": 0, "rasterized": True}
 
 
-def _frame_title(k: int, last: int, n: int, names: Sequence[str]) -> str:
+def _frame_title(k: int, last: int) -> str:
     if k == 0:
         return "$z_0$: base"
     return f"$z_{{{k}}}$: data" if k == last else f"$z_{{{k}}}$"
 
 
-def _shade(axes, flow, k, window, condition, flip, size: int = 90) -> None:
-    """Shade the density of the first k steps of a flow in the plane."""
+def _shade(axes, density_of, window, condition, flip, size: int = 90) -> None:
+    """Shade a density of the plane."""
     xs, ys = (np.linspace(limits[0], limits[1], size) for limits in window)
     grid = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
     points = grid[:, ::-1] if flip else grid
-    density = np.exp(np.asarray(flow.upto(k).log_prob(points.astype(np.float32), condition)))
+    density = np.exp(np.asarray(density_of.log_prob(points, condition), np.float64))
     density = np.nan_to_num(density, nan=0.0, posinf=0.0).reshape(size, size)
-    top = np.quantile(density, 0.995) or 1.0
+    # The quantile keeps a peak of few pixels from hiding everything else.
+    top = float(np.quantile(density, 0.995)) or 1.0
     axes.imshow(
         np.sqrt(density / top),
         extent=(*window[0], *window[1]),
