@@ -14,6 +14,8 @@ class Preset:
         columns: Columns D of an event.
         condition: Columns of the condition, 0 for none.
         components: Numbers of Gaussian components to try.
+        priors: Strengths of the prior on covariances to try, in rows; None tries several that suit
+            the number of columns.
         kernel_widths: Kernel widths to try, in units of the table's own covariance.
         folds: Folds that score the candidates; 1 scores them on the validation rows alone.
         parts: At most so many mixtures are kept.
@@ -27,6 +29,7 @@ class Preset:
     columns: int
     condition: int = 0
     components: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    priors: tuple[float, ...] | None = None
     kernel_widths: tuple[float, ...] = ()
     folds: int = 1
     parts: int = 8
@@ -69,7 +72,9 @@ def preset(rows: int, columns: int, condition: int = 0) -> Preset:
         rows,
         columns,
         condition,
-        components=(1, 2, 4, 8, 16, 32) if small else (1, 4, 16, 48),
+        components=(1, 2, 4, 8, 16, 32) if small else (4, 16, 48),
+        priors=None if small else (0.5,),
+        parts=8 if small else 3,
         kernel_widths=(0.1, 0.2, 0.4, 0.7) if small else (0.1, 0.2) if rows <= 4_000 else (),
         folds=4 if rows < 600 else 3 if small else 1,
         bases=("normal",) if condition else ("mixture", "normal") if flows else (),

@@ -36,8 +36,9 @@ from laminar.preset import preset as make_preset
 from laminar.train import mixtures, shallow
 from laminar.train.history import History
 
-_MOST_SEARCH = 6_000  # rows that candidates are compared on: ranks are stable from there on
-_MOST_REFIT = 30_000
+_MOST_SEARCH = 4_000  # rows that candidates are compared on: ranks are stable from there on
+_MOST_REFIT = 20_000
+_NOTICED = 0.1
 _MOST_HELD_OUT = 20_000
 
 
@@ -275,7 +276,9 @@ class _Found(NamedTuple):
 def _search(table: _Table, chosen: Preset, seed: int, clock: _Clock) -> _Found:
     """Compare the candidates that need no gradient and keep the best."""
     folds = _folds(table, chosen.folds, seed)
-    paths = shallow.candidates(table.x.shape[1], chosen.components, chosen.kernel_widths)
+    paths = shallow.candidates(
+        table.x.shape[1], chosen.components, chosen.kernel_widths, chosen.priors
+    )
     specs, logs, held = shallow.search(
         table.x,
         table.weights,
@@ -409,8 +412,10 @@ def _combine(table: _Table, found: _Found | None, parts, history: DensityHistory
     w = table.at("weights", table.held)
     history.candidates = names
     history.scores = [float(np.average(log_p, weights=w)) for log_p in logs]
+    trial = None
     if found is not None and parts:
-        logs = [found.fit(table, table.fit).log_prob(table.x[table.held]), *logs]
+        trial = found.fit(table, table.fit)
+        logs = [trial.log_prob(table.x[table.held]), *logs]
     shares = np.ones(1)
     if parts:
         stacked = np.stack(logs, 1)
@@ -421,7 +426,10 @@ def _combine(table: _Table, found: _Found | None, parts, history: DensityHistory
     if found is not None:
         if not parts:
             history.best_loss = -found.score
-        pieces = _assemble(found.fit(table, np.concatenate([table.held, table.fit])))
+        # Where flows carry nearly all the weight, a second fit would not be noticed.
+        if trial is None or shares[0] > _NOTICED:
+            trial = found.fit(table, np.concatenate([table.held, table.fit]))
+        pieces = _assemble(trial)
         dists = [*(dist for _, dist in pieces), *dists]
         history.candidates = [*(spec.label for spec in found.specs), *names]
         history.weights[:1] = [float(v) for v in shares[0] * found.shares]

@@ -48,7 +48,7 @@ class Components(NamedTuple):
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """The log-density of each row."""
-        return logsumexp(self.log_parts(x), axis=1)
+        return np.asarray(logsumexp(self.log_parts(x), axis=1))
 
 
 def pooled_covariance(x: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -103,7 +103,7 @@ def fit_components(
     for _ in range(iterations):
         mixture = _maximise(x, r * w[:, None], prior, prior_rows)
         parts = mixture.log_parts(x)
-        log_p = logsumexp(parts, axis=1)
+        log_p = np.asarray(logsumexp(parts, axis=1))
         mean = float(w @ log_p / n)
         if mean - last < tolerance:
             break
@@ -154,7 +154,7 @@ def kernel_log_prob(kernels: Components, x: np.ndarray) -> np.ndarray:
     squares = (b**2).sum(0)[:, None] + (a**2).sum(0)[None] - 2 * b.T @ a
     constant = 0.5 * x.shape[1] * _LOG_TWO_PI + np.log(np.diag(factor)).sum()
     parts = np.log(kernels.weights) - 0.5 * np.maximum(squares, 0)
-    return logsumexp(parts, axis=1) - constant
+    return np.asarray(logsumexp(parts, axis=1)) - constant
 
 
 class Knots(NamedTuple):
@@ -168,18 +168,18 @@ class Knots(NamedTuple):
 def fit_knots(x: np.ndarray, weights: np.ndarray | None = None) -> Knots:
     """Map standard normal quantiles to the data's, column by column.
 
-    There are about ⅔ √N knots, between 6 and 33, at equal steps of probability, plus the outermost
-    ones at ½/N. A gap is at least 1/50 of what a normal column of the same deviation would have, so
-    ties give a bounded density. Slopes are the harmonic means of the secants on both sides, which
-    keep a rational-quadratic spline monotone (Gregory & Delbourgo 1982); outside the knots the map
-    goes on linearly, that is with normal tails.
+    There are about ⅔ √N knots, between 6 and 33, at equal steps of probability, and in both tails
+    more at a quarter of the probability each, down to ½/N. A gap is at least 1/50 of what a normal
+    column of the same spread (by quartiles) would have, so ties give a bounded density. Slopes are
+    the harmonic means of the secants on both sides, which keep a rational-quadratic spline
+    monotone (Gregory & Delbourgo 1982). Outside the knots the map goes on linearly, that is with
+    normal tails.
     """
     n, dim = x.shape
     w = np.full(n, 1 / n) if weights is None else weights / weights.sum()
     effective = 1 / float(w @ w)
-    bins = int(np.clip(effective**0.5 / 1.5, 5, 32))
-    levels = np.linspace(0, 1, bins + 1)
-    levels[[0, -1]] = 0.5 / effective, 1 - 0.5 / effective
+    levels = _levels(effective)
+    bins = len(levels) - 1
     z = ndtri(levels)
     data = np.empty((bins + 1, dim))
     for j in range(dim):
@@ -188,7 +188,9 @@ def fit_knots(x: np.ndarray, weights: np.ndarray | None = None) -> Knots:
         middle = cumulative - 0.5 * w[order]
         data[:, j] = np.interp(levels, middle, x[order, j])
     deviation = np.sqrt(np.maximum(w @ (x - w @ x) ** 2, _TINY))
-    least = 0.02 * deviation * np.diff(z)[:, None]
+    quartiles = np.stack([np.interp([0.25, 0.75], levels, column) for column in data.T])
+    spread = np.clip(np.diff(quartiles, axis=1)[:, 0] / 1.349, 0.05 * deviation, deviation)
+    least = 0.02 * spread * np.diff(z)[:, None]
     for k in range(bins):
         data[k + 1] = np.maximum(data[k + 1], data[k] + least[k])
     secant = np.diff(data, axis=0) / np.diff(z)[:, None]
@@ -196,6 +198,18 @@ def fit_knots(x: np.ndarray, weights: np.ndarray | None = None) -> Knots:
     slope[[0, -1]] = secant[[0, -1]]
     slope[1:-1] = 2 / (1 / secant[:-1] + 1 / secant[1:])
     return Knots(np.broadcast_to(z[:, None], data.shape), data, slope)
+
+
+def _levels(rows: float) -> np.ndarray:
+    bins = int(np.clip(rows**0.5 / 1.5, 5, 32))
+    inner = np.arange(1, bins) / bins
+    tail = [0.5 / rows]
+    level = inner[0] / 4
+    while level * rows >= 4:
+        tail.append(level)
+        level /= 4
+    low = np.sort(tail)
+    return np.concatenate([low, inner, 1 - low[::-1]])
 
 
 def apply_knots(knots: Knots, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

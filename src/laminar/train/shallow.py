@@ -63,20 +63,27 @@ class Shallow(NamedTuple):
         """The log-density of each row (N, D)."""
         latent = None if self.knots is None else mixtures.apply_knots(self.knots, x)
         logs = [_score(s, p, x, latent) for s, p in zip(self.specs, self.parts, strict=True)]
-        return logsumexp(np.stack(logs, 1) + np.log(self.weights), axis=1)
+        return np.asarray(logsumexp(np.stack(logs, 1) + np.log(self.weights), axis=1))
 
 
-def candidates(dim: int, counts: Sequence[int], widths: Sequence[float]) -> list[list[Spec]]:
-    """Paths of candidates, each in the order of growing size; a path is left once it gets worse."""
-    priors = sorted({0.1, 1.0, dim / 2 + 1})
-    paths = [
-        [Spec(kind, count, prior) for count in counts]
-        for kind in ("mixture", "marginal")
-        for prior in priors
-        if kind == "mixture" or prior >= 1
-    ]
-    paths.append([Spec("mixture", count, 2.0 * dim + 2) for count in counts])
-    paths.extend([[Spec("kernel", 0, width)] for width in widths])
+def candidates(
+    dim: int,
+    counts: Sequence[int],
+    widths: Sequence[float],
+    priors: Sequence[float] | None = None,
+) -> list[list[Spec]]:
+    """Paths of candidates, each in the order of growing size; a path is left once it gets worse.
+
+    Without `priors`, weak and strong ones are tried in data space, and middling ones behind
+    quantile maps, which overfit more easily.
+    """
+    if priors is None:
+        plain, behind = sorted({0.1, 1.0, dim / 2 + 1, 2.0 * dim + 2}), sorted({1.0, dim / 2 + 1})
+    else:
+        plain = behind = list(priors)
+    paths = [[Spec("mixture", count, prior) for count in counts] for prior in plain]
+    paths += [[Spec("marginal", count, prior) for count in counts] for prior in behind]
+    paths += [[Spec("kernel", 0, width)] for width in widths]
     return [*paths, [Spec("tail")]]
 
 
