@@ -24,6 +24,7 @@ from laminar.density import AbstractDistribution
 from laminar.distributions import Normal, Uniform
 from laminar.flow import Flow
 from laminar.objectives import Batch, nll
+from laminar.preset import preset
 from laminar.train import ArraySource, History, MappedSource, fit
 from laminar.train import fit as fit_module_function
 from laminar.train.feed import Placement, prepare, stack_held_out
@@ -308,6 +309,15 @@ def test_the_history_is_plain_json():
     assert loaded["stop_reason"] == "steps"
     assert loaded["seconds"] > 0
     assert History().steps == 0
+
+
+def test_a_preset_is_trained_as_it_decides():
+    x = RNG.normal(size=(60, 2)) * 3
+    flow, history = fit(jr.key(0), preset(*x.shape), x)
+    assert np.isfinite(flow.log_prob(x)).all()
+    assert np.isfinite(history.best_loss)
+    with pytest.raises(InputError, match="steps means nothing with a preset"):
+        fit(jr.key(0), preset(*x.shape), x, steps=10)
 
 
 # --- Sources --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from laminar.train.fit import fit
 from laminar.train.history import History
-from laminar.train.source import ArraySource, Cursor, MappedSource, Stream
+from laminar.train.source import ArraySource, Cursor, MappedSource, Source, Stream
 from laminar.train.state import Info, Rate, Recipe, TrainState, init, step, validate
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "MappedSource",
     "Rate",
     "Recipe",
+    "Source",
     "Stream",
     "TrainState",
     "fit",

@@ -7,6 +7,7 @@ with the same bits as one that was not.
 """
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -148,18 +149,12 @@ def fit(
             the rows.
     """
     if isinstance(flow, Preset):
+        # Imported here, since it trains its flows by this very function.
         from laminar.train.density import fit_preset
 
-        options = {
-            "objective": objective is not nll,
-            "optimizer": optimizer is not None,
-            "freeze": freeze is not None,
-            "checkpoint": checkpoint is not None,
-            "steps": steps is not None,
-        }
-        return fit_preset(  # pyright: ignore[reportReturnType]
-            key, flow, data, condition, weights, validation, time_limit, progress, options
-        )
+        given = _options_given(locals())
+        arguments = (key, flow, data, condition, weights, validation, time_limit, progress, given)
+        return fit_preset(*arguments)  # pyright: ignore[reportReturnType]
     begun = time.monotonic()
     _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule)
     shuffle_key, split_key, step_key, validation_key = jr.split(key, 4)
@@ -198,6 +193,13 @@ def fit(
         return _result(state, history, recipe, placement), history
     finally:
         feed.close()
+
+
+def _options_given(arguments: dict[str, Any]) -> dict[str, bool]:
+    """For each option that a preset decides itself, whether the call of `fit` changed it."""
+    shared = ("condition", "weights", "validation", "time_limit", "progress")
+    options = [p for p in inspect.signature(fit).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return {p.name: arguments[p.name] != p.default for p in options if p.name not in shared}
 
 
 def _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule) -> None:
