@@ -115,6 +115,8 @@ def fit(
     print(f"held-out log-density   {with_error(report['held_out'])}")
     print(f"a Gaussian's           {with_error(report['gaussian'])}")
     print(f"({report['held_out_rows']:,} rows held out; nats a row, in the table's units)")
+    for entry in sorted(report["training"].get("parts", ()), key=lambda e: -e["weight"])[:4]:
+        print(f"{entry['weight']:7.1%}  {entry['name']}")
     print(f"saved to {out}")
 
 

@@ -118,16 +118,15 @@ def export(
 ) -> None:
     """Write a model for use without laminar.
 
-    The density and the sampler become programs that run on JAX alone.
+    The density and the sampler become programs that run on JAX alone, and table.py calls them in
+    the units of the table.
     """
     with jax_session(model_precision(model), no_cache):
-        flow = load_model(model)
-        files = _export(flow, out)
+        from laminar.tables.export import export_table
+
+        folder = export_table(load_model(model), out)
+        files = sorted(path.name for path in folder.iterdir())
     if as_json:
         emit_json({"model": model, "out": out, "files": files})
         return
     print(f"{', '.join(files)} written to {out}")
-
-
-def _export(flow: Any, out: str) -> list[str]:
-    raise NotImplementedError

@@ -1,0 +1,127 @@
+"""Export a table's flow: the compiled density and sampler, and a script that knows the units."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from laminar._files import PathLike, atomic_write
+from laminar.export import export
+from laminar.tables.flow import TableFlow
+
+_SCRIPT = '''"""The density of rows, and new rows, in the units of the table; needs JAX and NumPy.
+
+    import table
+    table.log_density(rows)             # rows (N, D) with the columns table.COLUMNS -> (N,), nats
+    table.sample(1000, seed=0)          # -> (1000, D)
+
+A model with given columns takes them as (N, C), with the columns table.GIVEN:
+
+    table.log_density(rows, given)
+    table.sample(given=given, seed=0)   # one row for each
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import jax
+import jax.export
+import jax.numpy as jnp
+
+_FOLDER = pathlib.Path(__file__).parent
+_ABOUT = json.loads((_FOLDER / "export.json").read_text())
+_DTYPE = _ABOUT["dtype"]
+if _DTYPE == "float64":
+    jax.config.update("jax_enable_x64", True)
+_ALL, _ALL_GIVEN = _ABOUT["meta"]["columns"], _ABOUT["meta"]["given"]
+COLUMNS = [column["name"] for column in _ALL]
+GIVEN = [column["name"] for column in _ALL_GIVEN]
+
+
+def _load(name):
+    data = bytearray((_FOLDER / name).read_bytes())
+    return jax.jit(jax.export.deserialize(data).call)
+
+
+def _standardise(rows, columns):
+    kept = [i for i, column in enumerate(columns) if column["kind"] != "constant"]
+    location = np.array([columns[i]["location"] for i in kept])
+    scale = np.array([columns[i]["scale"] for i in kept])
+    with np.errstate(over="ignore"):
+        return jnp.asarray(((np.asarray(rows, float)[:, kept] - location) / scale).astype(_DTYPE))
+
+
+def _conditions(given):
+    """None, or the standardised conditions in a tuple of arguments."""
+    if all(column["kind"] == "constant" for column in _ALL_GIVEN):
+        return ()
+    return (_standardise(given, _ALL_GIVEN),)
+
+
+def _restore(column, z):
+    """Back to the table's units, onto the values that a column of ties can take."""
+    x = column["location"] + column["scale"] * np.asarray(z, float)
+    if column["step"] > 0:
+        x = column["origin"] + np.round((x - column["origin"]) / column["step"]) * column["step"]
+    if column["levels"]:
+        levels = np.array(column["levels"])
+        nearest = levels[np.abs(x[:, None] - levels).argmin(axis=1)]
+        near = np.abs(x - nearest) <= column["resolution"] / 2
+        x = np.where(near | (column["kind"] == "discrete"), nearest, x)
+    return x
+
+
+def log_density(rows, given=None):
+    """The log-density of rows in nats; -inf where a constant column has another value."""
+    rows = np.asarray(rows, float)
+    log_p = _load("log_prob.bin")(_standardise(rows, _ALL), *_conditions(given))
+    log_p = np.asarray(log_p, float)
+    for column, cells in zip(_ALL, rows.T):
+        if column["kind"] == "constant":
+            log_p = np.where((cells == column["location"]) | np.isnan(cells), log_p, -np.inf)
+        else:
+            log_p = log_p - np.log(column["scale"])
+    return log_p
+
+
+def sample(n=None, seed=0, given=None):
+    """New rows: n of them, or one for each row of given."""
+    rows = _conditions(given) if given is not None else ()
+    rows = rows or (jnp.zeros(len(given) if n is None else n, jnp.uint8),)
+    z = np.asarray(_load("sample.bin")(jnp.array([0, seed], jnp.uint32), *rows))
+    parts, position = [], 0
+    for column in _ALL:
+        if column["kind"] == "constant":
+            parts.append(np.full(len(z), column["location"]))
+        else:
+            parts.append(_restore(column, z[:, position]))
+            position += 1
+    return np.stack(parts, axis=1)
+'''
+
+
+def export_table(model: TableFlow, path: PathLike) -> Path:
+    """Write a table's flow for use without laminar.
+
+    The folder is that of `laminar.export.export` (standardised rows), with the columns in
+    ``export.json`` and a script ``table.py`` that scores and draws rows in the table's units.
+
+    Args:
+        model: The flow.
+        path: The folder to make; its parent must exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If the folder cannot be used or the flow cannot be exported.
+        MissingExtraError: If flatbuffers is not installed.
+    """
+    schema = model.schema
+    meta: dict[str, Any] = {
+        "columns": [dataclasses.asdict(column) for column in schema.columns],
+        "given": [dataclasses.asdict(column) for column in schema.given],
+    }
+    folder = export(model.flow, path, meta=meta)
+    atomic_write(folder / "table.py", _SCRIPT.encode())
+    return folder
