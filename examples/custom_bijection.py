@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+
 import laminar
 from laminar.testing import check_bijection
 

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 
 import jax.random as jr
-import laminar
 import numpy as np
-from laminar.report.plots import plot_path
 from sklearn.mixture import GaussianMixture
+
+import laminar
+from laminar.report.plots import plot_path
 
 COLUMNS = ["mean radius", "mean perimeter", "mean area", "mean compactness"]
 SEED = 0

@@ -6,6 +6,7 @@ Writes flow.png and history.png. Takes about a minute.
 import os
 
 import jax.random as jr
+
 import laminar
 from laminar.report.plots import plot_history, plot_path
 

@@ -50,8 +50,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def run_command(arguments: list[str]) -> None:
-    from laminar.cli.main import app
     from typer.testing import CliRunner
+
+    from laminar.cli.main import app
 
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, f"laminar {shlex.join(arguments)}\n{result.output}"
