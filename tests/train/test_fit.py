@@ -311,13 +311,20 @@ def test_the_history_is_plain_json():
     assert History().steps == 0
 
 
-def test_a_preset_is_trained_as_it_decides():
-    x = RNG.normal(size=(60, 2)) * 3
-    flow, history = fit(jr.key(0), preset(*x.shape), x)
-    assert np.isfinite(flow.log_prob(x)).all()
-    assert np.isfinite(history.best_loss)
+def test_a_preset_is_handed_on_and_decides_the_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr("laminar.train.density.fit_preset", lambda *a: seen.append(a) or (1, 2))
+    chosen = preset(60, 2)
+    assert fit(jr.key(0), chosen, X, validation=0.2, steps=10) == (1, 2)
+    ((_, given, data, _, _, validation, *_, options),) = seen
+    assert given is chosen
+    assert data is X
+    assert validation == 0.2
+    assert options["steps"]
+    assert not any(on for name, on in options.items() if name != "steps")
+    monkeypatch.undo()
     with pytest.raises(InputError, match="steps means nothing with a preset"):
-        fit(jr.key(0), preset(*x.shape), x, steps=10)
+        fit(jr.key(0), chosen, X, steps=10)
 
 
 # --- Sources --------------------------------------------------------------------------------------
