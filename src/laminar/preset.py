@@ -66,7 +66,6 @@ def preset(rows: int, columns: int, condition: int = 0) -> Preset:
             f"and {condition} conditions."
         )
     small = rows < 2_500
-    flows = rows >= 1_500 or condition > 0
     wide = 64 if rows < 5_000 else 96 if rows < 30_000 else 128 if rows < 200_000 else 256
     return Preset(
         rows,
@@ -77,7 +76,7 @@ def preset(rows: int, columns: int, condition: int = 0) -> Preset:
         parts=8 if small else 3,
         kernel_widths=(0.1, 0.2, 0.4, 0.7) if small else (0.1, 0.2) if rows <= 4_000 else (),
         folds=4 if rows < 600 else 3 if small else 1,
-        bases=("normal",) if condition else ("mixture", "normal") if flows else (),
+        bases=("mixture", "normal") if rows >= 1_500 else ("normal",) if condition else (),
         layers=3 if rows < 5_000 else 4 if rows < 30_000 else 5,
         width=wide,
         bins=8 if rows < 30_000 else 12,

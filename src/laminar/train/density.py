@@ -26,6 +26,7 @@ from laminar.bijections.base import AbstractTransform
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.linear import Triangular
 from laminar.bijections.quantile import QuantileMap
+from laminar.conditional import ConditionalMixture, Standardise
 from laminar.density import AbstractDistribution
 from laminar.distributions import Normal, StudentT
 from laminar.flow import Flow
@@ -87,6 +88,19 @@ class _Table:
     scale: np.ndarray
     fit: np.ndarray
     held: np.ndarray
+    embed: Standardise | None = None
+
+    @property
+    def given(self) -> int:
+        """Columns of the condition."""
+        return 0 if self.condition is None else self.condition.shape[1]
+
+    @property
+    def joint(self) -> np.ndarray:
+        """Conditions and rows side by side."""
+        if self.condition is None:
+            return self.x
+        return np.concatenate([self.condition, self.x], axis=1)
 
     def at(self, name: str, rows: np.ndarray) -> Any:
         """Some rows of a field that may be absent."""
@@ -132,14 +146,10 @@ def fit_density(
     start = time.monotonic()
     split_key, shallow_key, *flow_keys = jr.split(key, 8)
     table = _prepare(split_key, data, condition, weights, validation)
-    rows, columns = table.x.shape
-    extra = 0 if table.condition is None else table.condition.shape[1]
-    chosen = preset or make_preset(rows, columns, extra)
+    chosen = preset or make_preset(*table.x.shape, table.given)
     clock = _Clock(start, time_limit)
     history = DensityHistory()
-    found = None
-    if table.condition is None:
-        found = _search(table, chosen, _seed(shallow_key), clock)
+    found = _search(table, chosen, _seed(shallow_key), clock)
     parts = _train(flow_keys, table, chosen, found, clock, history, progress)
     dist = _combine(table, found, parts, history)
     history.seconds = time.monotonic() - start
@@ -235,7 +245,14 @@ def _prepare(key, data, condition, weights, validation) -> _Table:
     order = np.random.default_rng(_seed(key)).permutation(len(x))
     held = min(max(round(validation * len(x)), 2), _MOST_HELD_OUT)
     loc, scale = np.average(x, 0, w), x.std(0)
-    return _Table((x - loc) / scale, c, w, loc, scale, order[held:], order[:held])
+    table = _Table((x - loc) / scale, None, w, loc, scale, order[held:], order[:held])
+    if c is not None:
+        middle, spread = c.mean(0), c.std(0)
+        spread = np.where(spread > 0, spread, 1.0)
+        table.condition = (c - middle) / spread
+        arrays = (Frozen(jnp.asarray(v, _dtype())) for v in (middle, spread))
+        table.embed = Standardise(*arrays, in_shape=(c.shape[1],))
+    return table
 
 
 def _check_weights(weights, rows: int) -> np.ndarray | None:
@@ -269,22 +286,28 @@ class _Found(NamedTuple):
         """Fit them again to some of the rows."""
         rows = rows[:_MOST_REFIT]
         return shallow.refit(
-            self.specs, self.shares, table.x[rows], table.at("weights", rows), seed=self.seed
+            self.specs,
+            self.shares,
+            table.joint[rows],
+            table.at("weights", rows),
+            seed=self.seed,
+            given=table.given,
         )
 
 
 def _search(table: _Table, chosen: Preset, seed: int, clock: _Clock) -> _Found:
     """Compare the candidates that need no gradient and keep the best."""
     folds = _folds(table, chosen.folds, seed)
-    paths = shallow.candidates(
-        table.x.shape[1], chosen.components, chosen.kernel_widths, chosen.priors
-    )
+    joint = table.joint
+    widths = () if table.given else chosen.kernel_widths
+    paths = shallow.candidates(joint.shape[1], chosen.components, widths, chosen.priors)
     specs, logs, held = shallow.search(
-        table.x,
+        joint,
         table.weights,
         folds,
         paths,
         seed=seed,
+        given=table.given,
         out_of_time=lambda: clock.spent(0.4 if chosen.bases else 0.8),
     )
     w = table.at("weights", held)
@@ -335,22 +358,22 @@ def _train(keys, table, chosen, found, clock, history, progress):
 
 def _base(kind, found, latent, table) -> AbstractDistribution:
     dim = table.x.shape[1]
-    if kind == "normal" or found is None:
+    if kind == "normal":
         return Normal(dim)
     behind = [
         (w, s) for w, s in zip(found.shares, found.specs, strict=True) if s.kind == "marginal"
     ]
     spec = max(behind)[1] if behind else shallow.Spec("marginal", 4, dim / 2 + 1)
     rows = table.fit[:_MOST_REFIT]
-    return _gaussian_mixture(
-        mixtures.fit_components(
-            latent[rows],
-            spec.components,
-            spec.strength,
-            seed=found.seed,
-            weights=table.at("weights", rows),
-        )
+    both = latent if table.given == 0 else np.concatenate([table.condition, latent], axis=1)
+    components = mixtures.fit_components(
+        both[rows],
+        spec.components,
+        spec.strength,
+        seed=found.seed,
+        weights=table.at("weights", rows),
     )
+    return _gaussian_mixture(components, table.given)
 
 
 def _train_one(key, base, latent, table, chosen, seconds, progress):
@@ -406,40 +429,33 @@ def _host_log_prob(flow, x, condition) -> np.ndarray:
 # --- putting it together -----------------------------------------------------------------------
 
 
-def _combine(table: _Table, found: _Found | None, parts, history: DensityHistory) -> Flow:
+def _combine(table: _Table, found: _Found, parts, history: DensityHistory) -> Flow:
     """Weigh everything on the held-out rows, fit the mixtures again to all rows, and assemble."""
     names, dists, logs = ([part[i] for part in parts] for i in range(3))
     w = table.at("weights", table.held)
-    history.candidates = names
     history.scores = [float(np.average(log_p, weights=w)) for log_p in logs]
     trial = None
-    if found is not None and parts:
-        trial = found.fit(table, table.fit)
-        logs = [trial.log_prob(table.x[table.held]), *logs]
-    shares = np.ones(1)
+    shares, history.best_loss = np.ones(1), -found.score
     if parts:
-        stacked = np.stack(logs, 1)
-        shares = mixtures.stack(stacked, w)
-        total = logsumexp(stacked + np.log(shares), axis=1)
+        trial = found.fit(table, table.fit)
+        logs = np.stack([trial.log_prob(table.joint[table.held]), *logs], axis=1)
+        shares = mixtures.stack(logs, w)
+        total = logsumexp(logs + np.log(shares), axis=1)
         history.best_loss = -float(np.average(total, weights=w))
-    history.weights = [float(v) for v in shares]
-    if found is not None:
-        if not parts:
-            history.best_loss = -found.score
-        # Where flows carry nearly all the weight, a second fit would not be noticed.
-        if trial is None or shares[0] > _NOTICED:
-            trial = found.fit(table, np.concatenate([table.held, table.fit]))
-        pieces = _assemble(trial)
-        dists = [*(dist for _, dist in pieces), *dists]
-        history.candidates = [*(spec.label for spec in found.specs), *names]
-        history.weights[:1] = [float(v) for v in shares[0] * found.shares]
-        history.scores = [*found.scores, *history.scores]
-        shares = np.concatenate([[shares[0] * v for v, _ in pieces], shares[1:]])
+    # Where flows carry nearly all the weight, a second fit would not be noticed.
+    if trial is None or shares[0] > _NOTICED:
+        trial = found.fit(table, np.concatenate([table.held, table.fit]))
+    pieces = _assemble(trial)
+    dists = [*(dist for _, dist in pieces), *dists]
+    history.candidates = [*(spec.label for spec in found.specs), *names]
+    history.weights = [float(v) for v in (*(shares[0] * found.shares), *shares[1:])]
+    history.scores = [*found.scores, *history.scores]
+    shares = np.concatenate([[shares[0] * v for v, _ in pieces], shares[1:]])
     logits = jnp.asarray(np.log(shares), dists[0].dtype)
     mixture = dists[0] if len(dists) == 1 else Mixture(dists, logits)
     dtype = mixture.dtype
     back = Affine(jnp.asarray(table.loc, dtype), jnp.asarray(table.scale, dtype))
-    return Flow(mixture, Frozen(back))
+    return Flow(mixture, Frozen(back), table.embed)
 
 
 def _assemble(final: shallow.Shallow) -> list[tuple[float, AbstractDistribution]]:
@@ -449,7 +465,7 @@ def _assemble(final: shallow.Shallow) -> list[tuple[float, AbstractDistribution]
         merged = shallow.merge(final, kind)
         if merged is not None:
             share, components = merged
-            dist = _gaussian_mixture(components)
+            dist = _gaussian_mixture(components, final.given)
             if kind == "marginal" and final.knots is not None:
                 dist = Flow(dist, _quantile_map(final.knots))
             pieces.append((share, dist))
@@ -483,9 +499,13 @@ def _kernel_mixture(kernels) -> tuple[float, AbstractDistribution]:
     return float(share), Flow(mixture, _triangular(factor, np.zeros(len(factor))))
 
 
-def _gaussian_mixture(components: mixtures.Components) -> GaussianMixture:
+def _gaussian_mixture(components: mixtures.Components, given: int = 0) -> AbstractDistribution:
+    """The mixture, or that of the later columns conditional on the first ones."""
     covariances = components.factors @ components.factors.transpose(0, 2, 1)
-    return GaussianMixture(components.weights, components.means.astype(_dtype()), covariances)
+    means = components.means.astype(_dtype())
+    if given == 0:
+        return GaussianMixture(components.weights, means, covariances)
+    return ConditionalMixture(components.weights, means, covariances, cond_dim=given)
 
 
 def _quantile_map(knots: mixtures.Knots) -> Frozen[AbstractTransform]:

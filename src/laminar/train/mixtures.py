@@ -46,6 +46,12 @@ class Components(NamedTuple):
             out[rows] = constant - 0.5 * np.einsum("nkd,nkd->nk", z, z)
         return out - 0.5 * dim * _LOG_TWO_PI
 
+    def marginal(self, columns: int) -> "Components":
+        """The law of the first columns alone: the upper left block of each Cholesky factor."""
+        return Components(
+            self.weights, self.means[:, :columns], self.factors[:, :columns, :columns]
+        )
+
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """The log-density of each row."""
         return np.asarray(logsumexp(self.log_parts(x), axis=1))

@@ -52,17 +52,22 @@ class Spec(NamedTuple):
 
 
 class Shallow(NamedTuple):
-    """A weighted set of fitted candidates; all marginal ones share one `knots`."""
+    """A weighted set of fitted candidates; all marginal ones share one `knots`.
+
+    The first `given` columns of a row are its condition.
+    """
 
     specs: tuple[Spec, ...]
     weights: np.ndarray
     parts: tuple
     knots: Knots | None
+    given: int = 0
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
-        """The log-density of each row (N, D)."""
-        latent = None if self.knots is None else mixtures.apply_knots(self.knots, x)
-        logs = [_score(s, p, x, latent) for s, p in zip(self.specs, self.parts, strict=True)]
+        """The log-density of each row (N, given + D)."""
+        latent = None if self.knots is None else _latent(self.knots, x, self.given)
+        both = zip(self.specs, self.parts, strict=True)
+        logs = [_score(spec, part, x, latent, self.given) for spec, part in both]
         return np.asarray(logsumexp(np.stack(logs, 1) + np.log(self.weights), axis=1))
 
 
@@ -87,8 +92,15 @@ def candidates(
     return [*paths, [Spec("tail")]]
 
 
-def _fit(spec: Spec, x, weights, latent, seed, iterations):
+def _latent(knots: Knots, x: np.ndarray, given: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with their columns, but not the condition, made normal, and ln |dz/dx|."""
+    z, log_det = mixtures.apply_knots(knots, x[:, given:])
+    return np.concatenate([x[:, :given], z], axis=1), log_det
+
+
+def _fit(spec: Spec, x, weights, latent, seed, iterations, given):
     if spec.kind == "tail":
+        x = x[:, given:]
         mean = x.mean(0) if weights is None else weights @ x / weights.sum()
         return Tail(mean, np.linalg.cholesky(mixtures.pooled_covariance(x, weights)))
     if spec.kind == "kernel":
@@ -99,14 +111,14 @@ def _fit(spec: Spec, x, weights, latent, seed, iterations):
     )
 
 
-def _score(spec: Spec, part, x, latent) -> np.ndarray:
+def _score(spec: Spec, part, x, latent, given) -> np.ndarray:
     if spec.kind == "tail":
-        return _tail_log_prob(part, x)
+        return _tail_log_prob(part, x[:, given:])
     if spec.kind == "kernel":
         return mixtures.kernel_log_prob(part, x)
-    if spec.kind == "mixture":
-        return part.log_prob(x)
-    return part.log_prob(latent[0]) + latent[1]
+    rows, log_det = (x, 0.0) if spec.kind == "mixture" else latent
+    log_p = part.log_prob(rows) + log_det
+    return log_p if given == 0 else log_p - part.marginal(given).log_prob(rows[:, :given])
 
 
 def _tail_log_prob(tail: Tail, x: np.ndarray) -> np.ndarray:
@@ -124,6 +136,7 @@ def search(
     paths: Sequence[Sequence[Spec]],
     *,
     seed: int,
+    given: int = 0,
     iterations: int = 60,
     drop: float = 1.0,
     out_of_time: Callable[[], bool] = lambda: False,
@@ -131,11 +144,13 @@ def search(
     """Score the candidates on rows they were not fitted to.
 
     Args:
-        x: Rows (N, D), float64.
+        x: Rows (N, given + D), float64: the condition first, if there is one.
         weights: Sample weights (N,), or None.
         folds: Pairs of row numbers, for fitting and for scoring.
         paths: From `candidates`.
         seed: For the starts of EM.
+        given: How many columns are the condition; candidates are then scored as conditional
+            densities. Kernels take none.
         iterations: Of EM, at most.
         drop: A path ends when its score is this many nats below its best.
         out_of_time: Asked between fits; the candidates scored so far are then all there is.
@@ -148,8 +163,8 @@ def search(
     w_held = None if weights is None else weights[held]
     latents = []
     for fit, score in folds:
-        knots = mixtures.fit_knots(x[fit], _at(weights, fit))
-        latents.append([mixtures.apply_knots(knots, x[rows]) for rows in (fit, score)])
+        knots = mixtures.fit_knots(x[fit][:, given:], _at(weights, fit))
+        latents.append([_latent(knots, x[rows], given) for rows in (fit, score)])
     specs, logs = [], []
     smallest = min(len(fit) for fit, _ in folds)
     for path in sorted(paths, key=len):
@@ -160,9 +175,10 @@ def search(
             parts = [
                 _score(
                     spec,
-                    _fit(spec, x[fit], _at(weights, fit), latent[0], seed, iterations),
+                    _fit(spec, x[fit], _at(weights, fit), latent[0], seed, iterations, given),
                     x[score],
                     latent[1],
+                    given,
                 )
                 for (fit, score), latent in zip(folds, latents, strict=True)
             ]
@@ -183,16 +199,17 @@ def refit(
     weights: np.ndarray | None,
     *,
     seed: int,
+    given: int = 0,
     iterations: int = 100,
 ) -> Shallow:
     """Fit the chosen candidates to rows, with given weights in the mixture of them."""
     knots = None
     latent = None
     if any(spec.kind == "marginal" for spec in specs):
-        knots = mixtures.fit_knots(x, weights)
-        latent = mixtures.apply_knots(knots, x)
-    parts = tuple(_fit(spec, x, weights, latent, seed, iterations) for spec in specs)
-    return Shallow(tuple(specs), np.asarray(shares) / np.sum(shares), parts, knots)
+        knots = mixtures.fit_knots(x[:, given:], weights)
+        latent = _latent(knots, x, given)
+    parts = tuple(_fit(spec, x, weights, latent, seed, iterations, given) for spec in specs)
+    return Shallow(tuple(specs), np.asarray(shares) / np.sum(shares), parts, knots, given)
 
 
 def prune(
