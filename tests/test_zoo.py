@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from cases import randomise
 
 from laminar import zoo
 from laminar._errors import InputError
 from laminar.bijections.base import Invert
 from laminar.bijections.splines import RationalQuadratic
 from laminar.distributions import StudentT
-from tests.contract.cases import randomise
 
 SMALL = {"layers": 3, "width": 16, "depth": 1}
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from cases import randomise
 
 from laminar._errors import ShapeError
 from laminar.bijections.autoregressive import MaskedAutoregressive, masked_autoregressive
@@ -13,7 +14,6 @@ from laminar.bijections.compose import Chain, repeat
 from laminar.bijections.elementwise import Affine, SinhArcsinh
 from laminar.bijections.splines import RationalQuadratic
 from laminar.nn.masked import MaskedMLP, degrees
-from tests.contract.cases import randomise
 
 SIZES = [
     # dim, width, cond_dim, residual: fewer units than inputs, one and two inputs, conditions.
