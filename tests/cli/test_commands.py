@@ -113,7 +113,7 @@ def test_sample_gives_rows_that_can_be_scored(folder):
     report = as_json("sample", folder / "m.laminar", "-n", "5", "--given", "count=2", "-o", out)
     assert report["rows"] == 5
     drawn = read_table(out)
-    assert drawn.names == ("height", "width", "unit", "count")
+    assert drawn.names == ("height", "width", "count", "unit")
     np.testing.assert_array_equal(drawn.column("count"), 2)
     np.testing.assert_array_equal(drawn.column("unit"), 7)
     as_json("score", folder / "m.laminar", out, "-o", folder / "new_scores.csv")

@@ -22,7 +22,7 @@ from laminar.tables.flow import (
     weighted_mean,
 )
 from laminar.tables.schema import learn_schema
-from laminar.tables.table import Table
+from laminar.tables.table import Table, array_table
 
 SMALL = {"steps": 4, "batch_size": 32, "progress": False}
 
@@ -95,6 +95,21 @@ def test_columns_are_matched_by_name_or_else_by_position():
         model.log_prob(rows(5, 3))
 
 
+def test_columns_of_arrays_keep_their_numbers():
+    table = array_table(rows(60, 3))
+    model = standard(table.select(["x3", "x1"]))
+    log_p = model.log_prob(table)
+    named = Table(("x1", "x3"), table.values[:, [0, 2]])
+    np.testing.assert_array_equal(model.log_prob(named), log_p)
+    np.testing.assert_array_equal(model.log_prob(table.values[:, [2, 0]]), log_p)
+
+
+def test_samples_without_names_can_be_scored():
+    _, model = conditional()
+    drawn = model.sample(jr.key(0), 9, {"c": 1.0, "d": 2.0})
+    np.testing.assert_array_equal(model.log_prob(drawn.values), model.log_prob(drawn))
+
+
 def test_constants_and_what_is_not_finite():
     values = np.c_[rows(), np.full(60, 3.0)]
     model = standard(Table(("a", "b", "c"), values))
@@ -149,7 +164,7 @@ def test_conditions_come_with_the_rows_or_apart():
 def test_samples_follow_their_conditions_in_order():
     table, model = conditional()
     drawn = model.sample(jr.key(0), 3, table.take(np.arange(4)))
-    assert drawn.names == ("x", "d", "c")
+    assert drawn.names == ("c", "x", "d")
     assert len(drawn) == 12
     np.testing.assert_array_equal(drawn.column("c"), np.repeat(table.column("c")[:4], 3))
     far = model.sample(jr.key(0), 200, {"c": 1000.0, "d": 0.0}).column("x")

@@ -69,9 +69,7 @@ def sample(
     out: Annotated[str, typer.Option("--out", "-o", help="Table to write.")],
     given: Annotated[
         list[str] | None,
-        typer.Option(
-            "--given", help="NAME=VALUE, once for each given column, or a table of given rows."
-        ),
+        typer.Option("--given", help="NAME=VALUE for each given column, or a table of given rows."),
     ] = None,
     seed: SeedOption = 0,
     no_cache: NoCacheOption = False,
@@ -115,7 +113,7 @@ def _conditions(flow: "TableFlow", model: str, given: list[str]) -> Any:
     if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
         return read_for(flow, model, given[0], given=False)
     values: dict[str, float] = {}
-    for text in given:
+    for text in _pairs(given):
         name, mark, value = text.rpartition("=")
         name = name.strip()
         try:
@@ -131,6 +129,15 @@ def _conditions(flow: "TableFlow", model: str, given: list[str]) -> Any:
             raise InputError(f"--given names {name!r} twice; give one value.")
         values[name] = number
     return values
+
+
+def _pairs(given: list[str]) -> list[str]:
+    """The pairs NAME=VALUE, also where several stand in one option with commas between."""
+    pairs: list[str] = []
+    for text in given:
+        parts = text.split(",")
+        pairs += parts if all("=" in part for part in parts) else [text]
+    return pairs
 
 
 def _refuse_too_many(rows: int, columns: int) -> None:

@@ -92,7 +92,7 @@ class TableFlow(eqx.Module):
 
         Returns:
             A table of n rows, or of n · M rows: n for the first condition, then n for the second.
-            The given columns come last.
+            It has the columns of the fitted table in their order, the given ones among them.
         """
         if n < 1:
             raise InputError(f"The number of rows to sample must be at least 1, not {n}.")
@@ -111,7 +111,8 @@ class TableFlow(eqx.Module):
             z = np.asarray(self.flow.sample(key, (n,), _cast(standard, self.flow)))
             z = np.moveaxis(z, 0, 1).reshape(len(rows), -1)
         values = np.concatenate([self.schema.restore(z), rows], axis=1)
-        return Table((*names, *self.schema.given_names), values, "the samples")
+        drawn = Table((*names, *self.schema.given_names), values, "the samples")
+        return drawn.select(self.schema.order)
 
     def batch(self, rows: Table | np.ndarray, given: Given = None) -> tuple[Array, Array | None]:
         """Standardised events (N, d) and conditions (N, c), as the inner flow takes them."""
@@ -141,12 +142,15 @@ class TableFlow(eqx.Module):
         return values, self.schema.condition(self._given(given, len(values)))
 
     def _named(self, table: Table, whole: bool) -> Table:
-        """Give the columns of an unnamed table the schema's names, by position."""
-        if table.named:
-            return table
+        """Give the columns of an unnamed table the schema's names, by position.
+
+        Unless the schema itself comes from an unnamed table: then x3 is x3.
+        """
         names = self.schema.names
         if whole and table.values.shape[1] != len(names):
             names = self.schema.order
+        if table.named or set(names) <= set(table.names):
+            return table
         if table.values.shape[1] != len(names):
             raise InputError(
                 f"{table.source} has {table.values.shape[1]} columns and the model was fitted to "
@@ -171,7 +175,8 @@ class TableFlow(eqx.Module):
             table = (
                 given if isinstance(given, Table) else array_table(given, source="the condition")
             )
-            if not table.named and table.values.shape[1] == len(names):
+            unknown = not table.named and not set(names) <= set(table.names)
+            if unknown and table.values.shape[1] == len(names):
                 table = Table(names, table.values, table.source)
             values = table.select(names).values
         refuse_non_finite(Table(names, values, "The condition"))

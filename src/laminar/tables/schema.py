@@ -82,12 +82,13 @@ class Schema:
     Attributes:
         columns: The columns that rows consist of, constants among them, in the user's order.
         given: The columns of the condition; a constant one carries no information and is ignored.
-        order: The names of both in the order of the table, by which rows without names are read.
+        order: The names of both in the order of the table, in which samples are given and rows
+            without names are read.
     """
 
     columns: tuple[Column, ...]
-    given: tuple[Column, ...] = ()
-    order: tuple[str, ...] = ()
+    given: tuple[Column, ...]
+    order: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
