@@ -34,6 +34,7 @@ _PACKAGES = (
     "laminar.density",
     "laminar.mixtures",
     "laminar.distributions",
+    "laminar.conditional",
     "laminar.flow",
 )
 _UPPER_PACKAGES = ("laminar.tables", "laminar.inference")
