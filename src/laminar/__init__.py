@@ -52,11 +52,14 @@ if TYPE_CHECKING:
     from laminar.bijections.linear import Householder as Householder
     from laminar.bijections.linear import LowRank as LowRank
     from laminar.bijections.linear import Triangular as Triangular
+    from laminar.bijections.numerical import NumericalInverse as NumericalInverse
     from laminar.bijections.quantile import QuantileMap as QuantileMap
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
+    from laminar.conditional import ConditionalMixture as ConditionalMixture
     from laminar.density import AbstractDistribution as AbstractDistribution
     from laminar.density import Estimate as Estimate
+    from laminar.diagnose import CheckReport as CheckReport
     from laminar.diagnose import check as check
     from laminar.distributions import ConditionalNormal as ConditionalNormal
     from laminar.distributions import Logistic as Logistic
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from laminar.io import read_header as read_header
     from laminar.io import save as save
     from laminar.mixtures import GaussianMixture as GaussianMixture
+    from laminar.mixtures import IsotropicMixture as IsotropicMixture
     from laminar.mixtures import Mixture as Mixture
     from laminar.nn.masked import MaskedMLP as MaskedMLP
     from laminar.nn.mlp import MLP as MLP
@@ -130,10 +134,12 @@ _NAMES = {
         "logit",
     ),
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
+    "laminar.bijections.numerical": ("NumericalInverse",),
     "laminar.bijections.quantile": ("QuantileMap",),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
+    "laminar.conditional": ("ConditionalMixture",),
     "laminar.density": ("AbstractDistribution", "Estimate"),
-    "laminar.diagnose": ("check",),
+    "laminar.diagnose": ("CheckReport", "check"),
     "laminar.distributions": (
         "ConditionalNormal",
         "Logistic",
@@ -144,7 +150,7 @@ _NAMES = {
     ),
     "laminar.flow": ("Flow", "Path"),
     "laminar.io": ("load", "read_header", "save"),
-    "laminar.mixtures": ("GaussianMixture", "Mixture"),
+    "laminar.mixtures": ("GaussianMixture", "IsotropicMixture", "Mixture"),
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),
     "laminar.objectives": ("Batch", "nll"),
@@ -160,6 +166,7 @@ _NAMES = {
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = (
     "bijections",
+    "conditional",
     "density",
     "diagnose",
     "distributions",
