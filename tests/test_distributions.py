@@ -314,8 +314,9 @@ def test_drawn_rows_meet_their_own_condition():
         assert np.abs(np.asarray(draws) - means).max() < 6
 
 
-def test_chunks_have_the_gradients_of_the_whole(case):
-    dist = case[0]()
+@pytest.mark.parametrize("name", ["normal", "gaussian mixture", "stacked mixture"])
+def test_chunks_have_the_gradients_of_the_whole(name):
+    dist = CASES[name][0]()
     x = jnp.asarray(LOC + 0.5 * RNG.uniform(-1, 1, size=(11, 2)), float)
 
     def grads(size):

@@ -1,0 +1,120 @@
+"""Objectives: weighted likelihood and reverse KL, their values and what they converge to."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from laminar._errors import InputError, ShapeError
+from laminar.bijections.base import Identity
+from laminar.distributions import ConditionalNormal, MultivariateNormal, Normal
+from laminar.flow import Flow
+from laminar.objectives import Batch, nll, reverse_kl
+
+RNG = np.random.default_rng(0)
+
+
+def conditional():
+    return ConditionalNormal(lambda c: jnp.stack([c, jnp.zeros_like(c)]), 2, 2)
+
+
+def test_nll_is_the_weighted_mean():
+    flow = Normal((2,), 0.5, 2.0)
+    x = RNG.normal(size=(6, 2))
+    weights = np.array([1.0, 0.5, 0.0, 2.0, 1.0, 0.25])
+    log_p = np.asarray(flow.log_prob(x))
+    loss, aux = nll(flow, Batch(x), jr.key(0))
+    assert float(loss) == pytest.approx(-log_p.mean(), rel=1e-6)
+    assert float(aux["weight"]) == 6
+    loss, aux = nll(flow, Batch(x, weights=weights))
+    assert float(loss) == pytest.approx(-np.average(log_p, weights=weights), rel=1e-6)
+    assert float(aux["log_prob"]) == -float(loss)
+    assert float(aux["weight"]) == pytest.approx(4.75)
+
+
+def test_rows_of_weight_zero_are_padding():
+    flow = Normal((2,))
+    x = np.array([[0.0, 1.0], [np.inf, 0.0], [np.nan, 0.0]])
+    loss, _ = nll(flow, Batch(x, weights=np.array([1.0, 0.0, 0.0])))
+    assert float(loss) == pytest.approx(0.5 + np.log(2 * np.pi))
+    loss, aux = nll(flow, Batch(x, weights=np.zeros(3)))
+    assert float(loss) == float(aux["weight"]) == 0
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_nll_with_conditions(embed):
+    c = RNG.normal(size=(5, 2))
+    x = RNG.normal(size=(5, 2))
+    flow = conditional()
+    if embed:
+        flow = Flow(flow, Identity((2,)), lambda c: c["a"] * 2, {"a": (2,)})
+        batch = Batch(x, {"a": c / 2})
+    else:
+        batch = Batch(x, c)
+    loss, _ = nll(flow, batch)
+    assert float(loss) == pytest.approx(-float(flow.log_prob(*batch[:2]).mean()), rel=1e-6)
+    one = jax.tree_util.tree_map(lambda c: c[0], batch.condition)
+    assert float(nll(flow, Batch(x, one))[0]) == pytest.approx(
+        -float(flow.log_prob(x, one).mean()), rel=1e-6
+    )
+
+
+def test_nll_has_its_gradient_at_the_weighted_moments():
+    """The likelihood of a normal law is greatest at the weighted mean and deviation."""
+    x = jnp.asarray(RNG.normal(size=(50, 2)) * 2 + 1, float)
+    weights = jnp.asarray(RNG.uniform(0, 2, 50), float)
+    mean = np.average(x, axis=0, weights=weights)
+    deviation = np.sqrt(np.average((np.asarray(x) - mean) ** 2, axis=0, weights=weights))
+    grad = eqx.filter_grad(lambda f: nll(f, Batch(x, weights=weights))[0])
+    at_best = grad(Normal((2,), mean, deviation))
+    np.testing.assert_allclose(at_best.loc, 0, atol=1e-5)
+    np.testing.assert_allclose(at_best.log_scale, 0, atol=1e-5)
+    assert np.abs(grad(Normal((2,))).loc).min() > 0.1
+
+
+def test_reverse_kl_is_least_at_the_target():
+    covariance = np.array([[1.0, 0.6], [0.6, 2.0]])
+    target = MultivariateNormal(np.array([1.0, -1.0]), covariance)
+    objective = reverse_kl(lambda x: target._log_prob(x) + 3.0, samples=1000)
+    loss, aux = objective(target, None, jr.key(0))
+    assert float(loss) == pytest.approx(-3, abs=1e-4)
+    assert float(aux["elbo"]) == -float(loss)
+    other = MultivariateNormal(np.zeros(2))
+    kl = other.kl(target, jr.key(1), 1000)
+    assert float(objective(other, None, jr.key(0))[0]) == pytest.approx(
+        float(kl.value) - 3, abs=6 * float(kl.error)
+    )
+
+    def loss_of(flow, key):
+        return objective(flow, None, key)[0]
+
+    @eqx.filter_jit
+    def train(flow):
+        def step(flow, key):
+            grads = eqx.filter_grad(loss_of)(flow, key)
+            return jax.tree_util.tree_map(lambda p, g: p - 0.1 * g, flow, grads), None
+
+        return jax.lax.scan(step, flow, jr.split(jr.key(2), 150))[0]
+
+    flow = train(other)
+    np.testing.assert_allclose(flow.loc, target.loc, atol=0.05)
+    np.testing.assert_allclose(flow.covariance, covariance, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "match"),
+    [
+        (Batch(np.zeros((4, 3))), ShapeError, r"x has shape \(4, 3\)"),
+        (Batch(np.zeros(2)), ShapeError, "exactly one"),
+        (Batch(np.zeros((4, 2)), weights=np.ones(3)), ShapeError, r"\(3,\).*\(4,\)"),
+        (Batch(np.zeros((4, 2)), np.zeros((4, 2))), InputError, "takes no condition"),
+    ],
+)
+def test_errors_say_both_shapes(batch, error, match):
+    with pytest.raises(error, match=match):
+        nll(Normal((2,)), batch)
+    if batch.condition is not None:
+        with pytest.raises(ShapeError, match=r"\(4,\), its condition \(3,\)"):
+            nll(conditional(), Batch(np.zeros((4, 2)), np.zeros((3, 2))))
