@@ -105,36 +105,34 @@ class _Check:
         self.budget = _BUDGETS[self.dtype.itemsize]
         self.lines: list[Line] = []
         self.exact = flow.exactness == "exact"
-        names = ("sample", "choice", "far", "gradient", "integral", "estimate", "noise")
-        self.keys = dict(zip(names, jr.split(key, len(names)), strict=True))
-        self.estimate_key = None if self.exact else self.keys["estimate"]
+        sample_key, self.gradient_key, self.integral_key, estimate_key, seed_key = jr.split(key, 5)
+        # Choices are made on the host: every random function of JAX would be compiled first.
+        self.rng = np.random.default_rng(np.asarray(jr.key_data(seed_key)))
+        self.estimate_key = None if self.exact else estimate_key
         self.conditions, self.count = _rows_of_condition(flow, condition)
-        choice_key, data_key = jr.split(self.keys["choice"])
-        pick = jr.choice(choice_key, self.count, (n,)) if self.count else None
-        self.x, self.log_p = self.sample(self.keys["sample"], pick)
-        self.rows, self.row_pick = self.choose_rows(data, data_key)
-        self.pick = pick
+        self.pick = self.rng.integers(0, self.count, n) if self.count else None
+        shape = () if self.count else (n,)
+        self.x, self.log_p = flow.sample_and_log_prob(sample_key, shape, self.at(self.pick))
+        self.rows, self.row_pick = self.choose_rows(data)
 
-    def choose_rows(self, data, key):
+    def choose_rows(self, data: ArrayLike | None):
         """Up to n random rows of data, and the rows of their conditions."""
         if data is None:
             return None, None
-        rows, batch = self.flow._check_event(data, self.flow.shape, "data")
-        rows = rows.reshape((math.prod(batch), *self.flow.shape))
-        bad = int((~jnp.isfinite(rows.reshape(len(rows), -1)).all(1)).sum())
-        if len(rows) == 0 or bad:
-            raise InputError(
-                f"check: {bad} rows of data have NaN or infinity; remove them."
-                if bad
-                else "check: data have no rows."
-            )
+        cast, batch = self.flow._check_event(data, self.flow.shape, "data")
+        rows = np.asarray(cast).reshape((math.prod(batch), *self.flow.shape))
+        if not len(rows):
+            raise InputError("check: data have no rows.")
+        bad = int((~np.isfinite(rows.reshape(len(rows), -1)).all(1)).sum())
+        if bad:
+            raise InputError(f"check: {bad} rows of data have NaN or infinity; remove them.")
         if self.count not in (0, 1, len(rows)):
             raise ShapeError(
                 f"check: data have {len(rows)} rows and there are {self.count} conditions; give "
                 "one condition for each row, or one for all."
             )
-        chosen = jr.permutation(key, len(rows))[: self.n]
-        pick = None if not self.count else chosen if self.count > 1 else jnp.zeros_like(chosen)
+        chosen = self.rng.permutation(len(rows))[: self.n]
+        pick = None if not self.count else chosen if self.count > 1 else np.zeros_like(chosen)
         return rows[chosen], pick
 
     def at(self, pick) -> Condition:
@@ -142,11 +140,6 @@ class _Check:
         if pick is None:
             return None
         return jtu.tree_map(lambda c: c[pick], self.conditions)
-
-    def sample(self, key, pick):
-        """Samples with their density, one for each chosen condition."""
-        shape = (self.n,) if pick is None else ()
-        return self.flow.sample_and_log_prob(key, shape, self.at(pick))
 
     def add(self, name: str, value: float, budget: float, detail: str = "") -> None:
         """Add a line; a value that is NaN fails."""
@@ -174,68 +167,65 @@ class _Check:
 
     def trips(self) -> None:
         """Round trips and log-dets, at samples and at rows of data."""
-        parts = [(self.x, self.pick, "samples")]
+        x, pick = np.asarray(self.x), self.pick
         if self.rows is not None:
-            parts.append((self.rows, self.row_pick, "data"))
-        x = jnp.concatenate([part for part, _, _ in parts])
-        pick = None if self.pick is None else jnp.concatenate([p for _, p, _ in parts])  # type: ignore
+            x = np.concatenate([x, self.rows])
+            if pick is not None and self.row_pick is not None:
+                pick = np.concatenate([pick, self.row_pick])
         flow, condition = probes.encode(self.flow, self.at(pick), x.shape[:1])
-        x = jnp.moveaxis(x, 0, -1)
-        step = math.sqrt(self.eps)
-        trip = probes.trip(flow._map, x, condition, self.keys["noise"], step, self.estimate_key)
-        trip = jtu.tree_map(lambda a: np.asarray(a, np.float64), trip)
+        x = np.moveaxis(x, 0, -1)
         sampled = np.arange(x.shape[-1]) < self.n
-        outside = (trip.log_dets[:2] == -np.inf).any(0)
-        share = outside[sampled].mean()
-        found = [
-            f"{outside[~sampled].sum()} of {(~sampled).sum()} rows of data outside the support"
-        ]
-        note = found[0] if outside[~sampled].any() else ""
-        if share > _ON_THE_EDGE:
+
+        def image(direction, points):
+            signs = self.rng.choice([-1.0, 1.0], points.shape)
+            points = points.astype(x.dtype)
+            return probes.image(flow._map, direction, points, condition, signs, self.estimate_key)
+
+        z = image("inverse", x)
+        x_again = image("forward", z.points)
+        z_again = image("inverse", x_again.points)
+        inside = (z.log_det != -np.inf) & (x_again.log_det != -np.inf)
+        lost, share = int((~inside[~sampled]).sum()), (~inside[sampled]).mean()
+        note = f"{lost} of {(~sampled).sum()} rows of data are outside the support" if lost else ""
+        broken = share > _ON_THE_EDGE
+        if broken:
             note = f"{share:.0%} of the samples are outside the support of the inverse"
-        inside = ~outside
-        fatal = math.inf if share > _ON_THE_EDGE or not inside.any() else 0.0
 
         def worst(values):
-            where = values[..., inside]
-            return max(fatal, float(where.max())) if where.size else fatal
+            return math.inf if broken else values[inside].max()
 
-        self.add("data → latent → data", worst(trip.data_error), self.budget, note)
-        self.add("latent → data → latent", worst(trip.latent_error), self.budget)
+        self.add("data → latent → data", worst(probes.error(x, x_again)), self.budget, note)
+        self.add("latent → data → latent", worst(probes.error(z.points, z_again)), self.budget)
         if not self.exact:
             self.skip("log-det both ways", f"the log-det is {self.flow.exactness}, not exact")
             self.skip("log-det is the Jacobian's", f"the log-det is {self.flow.exactness}")
             return
-        self.add("log-det both ways", worst(trip.asymmetry) / self.dim, self.budget)
-        self.jacobians(flow, trip.latent, condition, inside, sampled)
+        down = worst(probes.asymmetry(z, x_again, self.dim))
+        up = worst(probes.asymmetry(x_again, z_again, self.dim))
+        self.add("log-det both ways", max(down, up) if down == down else down, self.budget)
+        self.jacobians(flow, z.points, x_again.log_det, condition, inside, sampled)
 
-    def jacobians(self, flow, latent, condition, inside, sampled) -> None:
+    def jacobians(self, flow, latent, whole, condition, inside, sampled) -> None:
         """The log-det of every step against that of its Jacobian."""
         name = "log-det is the Jacobian's"
-        size = math.prod(flow._map.in_shape)
-        if size != math.prod(flow._map.out_shape):
+        if math.prod(flow._map.in_shape) != math.prod(flow._map.out_shape):
             return self.skip(name, "the two spaces differ in size")
         if self.dim > _MAX_JACOBIAN:
             return self.skip(name, f"a Jacobian of {self.dim} rows is too large")
         m = max(1, min(64, _MAX_JACOBIAN // self.dim))
         own, theirs = np.flatnonzero(inside & sampled), np.flatnonzero(inside & ~sampled)
         chosen = np.concatenate([own[: max(1, m - len(theirs[: m // 2]))], theirs[: m // 2]])
-        if not len(chosen):
-            return self.add(name, math.inf, self.budget, "no sample is inside the support")
-        z = jnp.asarray(latent[..., chosen], self.dtype)
+        at = jnp.asarray(latent[..., chosen], self.dtype)
         condition = None if condition is None else condition[..., chosen]
-        points, _ = probes.points_of(flow._map, z, condition)
-        worst, where, total, slack = 0.0, "", np.zeros(len(chosen)), np.zeros(len(chosen))
-        unit = self.eps / self.budget
         steps, names = flow._map.steps(), step_names(flow._map)
-        for k, (step, at) in enumerate(zip(steps, [z, *points[:-1]], strict=True)):
-            exact, excess, log_det = probes.jacobian_log_det(step, at, condition, unit)
-            total, slack = total + exact, slack + excess
-            error = (np.abs(log_det - exact) / (self.dim + excess)).max()
+        worst, where, total, slack = 0.0, "", np.zeros(len(chosen)), np.zeros(len(chosen))
+        for k, step in enumerate(steps):
+            found = probes.differentiate(step, at, condition, self.eps / self.budget)
+            at, total, slack = found.points, total + found.exact, slack + found.excess
+            error = (np.abs(found.log_det - found.exact) / (self.dim + found.excess)).max()
             if not error <= worst:
                 worst, where = float(error), f"worst in step {k + 1} of {len(steps)}, {names[k]}"
-        whole = np.asarray(probes.log_det_of(flow._map, z, condition), np.float64)
-        error = (np.abs(whole - total) / (self.dim * len(steps) + slack)).max()
+        error = (np.abs(whole[chosen] - total) / (self.dim * len(steps) + slack)).max()
         if not error <= max(worst, self.budget):
             worst, where = float(error), "the whole is not the sum of its steps"
         return self.add(name, worst, self.budget, where if len(steps) > 1 else "")
@@ -269,7 +259,7 @@ class _Check:
                 self.skip(name, why if self.exact else f"the density is {self.flow.exactness}")
             return
         picks: list[Any] = [None] if not self.count else [0, self.count - 1][: self.count]
-        keys = jr.split(self.keys["integral"], len(picks))
+        keys = jr.split(self.integral_key, len(picks))
         found = [
             Measure(self.flow, self.at(pick), key).lines()
             for pick, key in zip(picks, keys, strict=True)
@@ -291,7 +281,7 @@ class _Check:
             near.append(self.gradients_at(self.rows, self.row_pick))
         flat = np.asarray(self.x, np.float64).reshape(self.n, -1)
         scale = Scale.of(flat)
-        away = np.asarray(jr.normal(self.keys["far"], flat.shape)) * 100 * scale.spread
+        away = 100 * scale.spread * self.rng.standard_normal(flat.shape)
         far = jnp.asarray(scale.centre + away, self.dtype).reshape(self.x.shape)
         self.count_bad("gradients of inputs", [g.x for g in near])
         self.count_bad("gradients of parameters", [g.params for g in near])
@@ -301,8 +291,8 @@ class _Check:
             self.lines[-1] = Line(
                 "gradients far outside", bad, 0.0, False, "the density is NaN 100 spreads away"
             )
-        key, conditions = self.keys["gradient"], self.at(self.pick)
-        sampled = probes.sampling_gradient(self.flow, key, self.n, conditions)
+        key, conditions = self.gradient_key, self.at(self.pick)
+        sampled = probes.sampling_derivative(self.flow, key, self.n, conditions)
         self.count_bad("gradients of sampling", [sampled])
 
     def count_bad(self, name: str, trees: list[Any]) -> None:

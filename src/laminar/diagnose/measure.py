@@ -42,7 +42,7 @@ class Measure:
         self.flow, self.condition = flow, condition
         self.dim = max(1, math.prod(flow.shape))
         sample_key, seed_key = jr.split(key)
-        self.rng = np.random.default_rng(np.asarray(jr.bits(seed_key, (4,), jnp.uint32)))
+        self.rng = np.random.default_rng(np.asarray(jr.key_data(seed_key)))
         count = min(4096, max(512, 2**22 // self.dim))
         drawn = self.flow.sample(sample_key, (count,), self.condition)
         self.samples = np.asarray(drawn, np.float64).reshape(count, self.dim)
