@@ -102,6 +102,9 @@ def test_columns_of_arrays_keep_their_numbers():
     named = Table(("x1", "x3"), table.values[:, [0, 2]])
     np.testing.assert_array_equal(model.log_prob(named), log_p)
     np.testing.assert_array_equal(model.log_prob(table.values[:, [2, 0]]), log_p)
+    turned = standard(table.select(["x2", "x1"]))
+    two = array_table(table.values[:, :2])
+    np.testing.assert_array_equal(turned.log_prob(two), turned.log_prob(two.values[:, ::-1]))
 
 
 def test_samples_without_names_can_be_scored():

@@ -61,9 +61,10 @@ class TableFlow(eqx.Module):
         `laminar.tables.schema`). A row in which a constant column has another value scores −inf.
 
         Args:
-            rows: A table with the columns of the schema, by name and in any order (by position for
-                a table without names); it may hold the given columns too. Or an array (N, D) of
-                the columns in the schema's order.
+            rows: A table with the columns of the schema, by name and in any order; it may hold the
+                given columns too, and others. Columns without names are told by position where
+                their numbers x1, …, xD are not the schema's names. Or an array, always by position:
+                (N, D) of the columns in the schema's order, or with the given ones in the table's.
             given: The condition where `rows` does not hold it: a table or array of N rows, or
                 name → value for all rows.
 
@@ -122,8 +123,11 @@ class TableFlow(eqx.Module):
     def _split(self, rows: Table | np.ndarray, given: Given) -> tuple[np.ndarray, Any]:
         """Columns of the rows, (N, D), and the standardised condition."""
         names, given_names = self.schema.names, self.schema.given_names
-        table = rows if isinstance(rows, Table) else array_table(rows, source="the array of rows")
-        table = self._named(table, given is None)
+        if isinstance(rows, Table):
+            known = rows.named or set(names) <= set(rows.names)
+            table = rows if known else self._named(rows, given is None)
+        else:
+            table = self._named(array_table(rows, source="the array of rows"), given is None)
         missing = [name for name in names if name not in table.names]
         if missing:
             error = unknown_column(missing[0], table.names, table.source)
@@ -142,15 +146,10 @@ class TableFlow(eqx.Module):
         return values, self.schema.condition(self._given(given, len(values)))
 
     def _named(self, table: Table, whole: bool) -> Table:
-        """Give the columns of an unnamed table the schema's names, by position.
-
-        Unless the schema itself comes from an unnamed table: then x3 is x3.
-        """
+        """Give columns without names those of the schema, by position."""
         names = self.schema.names
         if whole and table.values.shape[1] != len(names):
             names = self.schema.order
-        if table.named or set(names) <= set(table.names):
-            return table
         if table.values.shape[1] != len(names):
             raise InputError(
                 f"{table.source} has {table.values.shape[1]} columns and the model was fitted to "
@@ -172,11 +171,11 @@ class TableFlow(eqx.Module):
                     raise InputError(f"The condition has no value for {name!r}; give one.")
             values = np.array([[float(given[name]) for name in names]])
         else:
-            table = (
-                given if isinstance(given, Table) else array_table(given, source="the condition")
-            )
-            unknown = not table.named and not set(names) <= set(table.names)
-            if unknown and table.values.shape[1] == len(names):
+            if isinstance(given, Table):
+                table, known = given, given.named or set(names) <= set(given.names)
+            else:
+                table, known = array_table(given, source="the condition"), False
+            if not known and table.values.shape[1] == len(names):
                 table = Table(names, table.values, table.source)
             values = table.select(names).values
         refuse_non_finite(Table(names, values, "The condition"))
