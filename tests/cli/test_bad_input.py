@@ -101,6 +101,8 @@ CASES = [
     # Other columns at score time
     (["score", "m.laminar", "other.csv", "--out", "s.csv"], ["other.csv", "'b'", "a, b"]),
     (["score", "m.laminar", "more.npy", "--out", "s.csv"], ["more.npy", "3 columns", "a, b"]),
+    (["score", "m.laminar", "folder", "--out", "s.csv"], ["folder", "directory"]),
+    (["score", "m.laminar", "gone.csv", "--out", "s.csv"], ["gone.csv", "does not exist"]),
     (["score", "m.laminar", "nan.csv", "--out", "s.csv"], ["nan.csv", "row 2"]),
     (["check", "m.laminar", "other.csv"], ["other.csv", "'b'"]),
     (["sample", "m.laminar", "-n", "2", "--given", "a=1", "--out", "s.csv"], ["no condition"]),

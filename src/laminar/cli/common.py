@@ -90,7 +90,7 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]])
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    grid = RichTable(title=title, box=box.SIMPLE, title_justify="left", title_style="bold")
+    grid = RichTable(box=box.SIMPLE)
     for position, head in enumerate(heads):
         cells = [row[position] for row in rows]
         right = position > 0 and all(not cell or cell[0] in "-+.0123456789±" for cell in cells)
@@ -99,6 +99,7 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]])
         grid.add_row(*row)
     # Where the output is no terminal there is no width to fit into.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(title, style="bold", soft_wrap=True)
     console.print(grid)
 
 
@@ -280,10 +281,10 @@ def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "T
         what = f"{path} is conditioned on {listing(needed)}"
     else:
         what = f"{path} needs {listing(needed)}"
-    if not spec.startswith("builtin:") and ".np" in table_suffix(
-        spec.partition(".npz:")[0] + ".npz" if ".npz:" in spec else spec
-    ):
-        return read_table(spec)
+    if not spec.startswith("builtin:"):
+        file = spec.partition(".npz:")[0] + ".npz" if ".npz:" in spec else spec
+        if not Path(file).is_file() or table_suffix(file) in (".npy", ".npz"):
+            return read_table(spec)  # its columns may have no names to be chosen by
     try:
         return read_table(spec, columns=needed)
     except UnknownColumnError as error:

@@ -165,7 +165,7 @@ def compare(
     lines = []
     for entry in report["results"]:
         behind = ""
-        if entry["behind"] is not None:
+        if lines and entry["behind"] is not None:
             behind = f"{entry['behind']:.3f} ± {entry['behind_error']:.3f}"
         lines.append((entry["name"], with_error(entry), behind, f"{entry['seconds']:.1f}"))
     print_table(
