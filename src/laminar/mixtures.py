@@ -100,11 +100,14 @@ class GaussianMixture(AbstractDistribution):
         noise = jr.normal(noise_key, (self.shape[0], rows), self.means.dtype)
 
         def component(x, part):
-            k, factor, mean = part
-            drawn = mean[:, None] + solve_triangular(factor, noise, lower=True)
+            k, root, mean = part
+            drawn = mean[:, None] + root @ noise
             return jnp.where((choice == k)[None, :], drawn, x), None
 
-        parts = (jnp.arange(self.logits.size, dtype=jnp.int32), self._factors(), self.means)
+        # Inverting K small factors once is far cheaper than K triangular solves of all rows.
+        identity = jnp.eye(self.shape[0], dtype=self.means.dtype)
+        roots = jax.vmap(lambda w: solve_triangular(w, identity, lower=True))(self._factors())
+        parts = (jnp.arange(self.logits.size, dtype=jnp.int32), roots, self.means)
         x, _ = lax.scan(component, jnp.zeros_like(noise), parts)
         return x.reshape(self.shape + batch)
 
