@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
@@ -19,6 +20,7 @@ from laminar.bijections import linear as L
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.coupling import coupling
+from laminar.bijections.quantile import QuantileMap
 from laminar.bijections.splines import RationalQuadratic
 
 INF = math.inf
@@ -201,5 +203,14 @@ AUTOREGRESSIVE = [
     ),
 ]
 
+
+def _quantile_map(key):
+    z_key, x_key, slope_key = jr.split(key, 3)
+    z, x = (jnp.cumsum(jnp.exp(0.5 * jr.normal(k, (6, 3))), axis=0) - 3.0 for k in (z_key, x_key))
+    return QuantileMap(z, x, jnp.exp(0.5 * jr.normal(slope_key, (6, 3))))
+
+
+QUANTILE = [Case("quantile_map", _quantile_map)]
+
 # Other tiers append their lists here.
-CASES: list[Case] = [*ELEMENTWISE, *COMPOSED, *LINEAR, *COUPLED, *AUTOREGRESSIVE]
+CASES: list[Case] = [*ELEMENTWISE, *COMPOSED, *LINEAR, *COUPLED, *AUTOREGRESSIVE, *QUANTILE]

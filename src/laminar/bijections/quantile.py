@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
@@ -49,11 +50,16 @@ class QuantileMap(AbstractBijection):
             )
         if self.z.shape[0] < 2:
             raise ShapeError(f"QuantileMap needs at least two knots, not {self.z.shape[0]}.")
+        self._check_values()
+        self.in_shape, self.cond_shape = self.z.shape[1:], None
+
+    def _check_values(self):
+        if any(isinstance(v, Tracer) for v in (self.z, self.x, self.slope)):
+            return
         if not bool((jnp.diff(self.z, axis=0) > 0).all() & (jnp.diff(self.x, axis=0) > 0).all()):
             raise InputError("QuantileMap: knots must increase along the first axis.")
         if not bool((self.slope > 0).all()):
             raise InputError("QuantileMap: every slope must be positive.")
-        self.in_shape, self.cond_shape = self.z.shape[1:], None
 
     @property
     def out_shape(self) -> Shape:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from scipy.special import logsumexp
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, positive_inverse
@@ -146,7 +145,8 @@ def fit_density(
     start = time.monotonic()
     split_key, shallow_key, *flow_keys = jr.split(key, 8)
     table = _prepare(split_key, data, condition, weights, validation)
-    chosen = preset or make_preset(*table.x.shape, table.given)
+    rows, columns = table.x.shape
+    chosen = preset or make_preset(rows, columns, table.given)
     clock = _Clock(start, time_limit)
     history = DensityHistory()
     found = _search(table, chosen, _seed(shallow_key), clock)
@@ -313,7 +313,7 @@ def _search(table: _Table, chosen: Preset, seed: int, clock: _Clock) -> _Found:
     w = table.at("weights", held)
     keep, shares = shallow.prune(specs, logs, w, chosen.parts)
     means = [float(np.average(logs[:, i], weights=w)) for i in keep]
-    whole = logsumexp(logs[:, keep] + np.log(shares), axis=1)
+    whole = mixtures.log_sum(logs[:, keep] + np.log(shares))
     return _Found(
         [specs[i] for i in keep], shares, means, float(np.average(whole, weights=w)), seed
     )
@@ -440,7 +440,7 @@ def _combine(table: _Table, found: _Found, parts, history: DensityHistory) -> Fl
         trial = found.fit(table, table.fit)
         logs = np.stack([trial.log_prob(table.joint[table.held]), *logs], axis=1)
         shares = mixtures.stack(logs, w)
-        total = logsumexp(logs + np.log(shares), axis=1)
+        total = mixtures.log_sum(logs + np.log(shares))
         history.best_loss = -float(np.average(total, weights=w))
     # Where flows carry nearly all the weight, a second fit would not be noticed.
     if trial is None or shares[0] > _NOTICED:

@@ -54,7 +54,7 @@ class Components(NamedTuple):
 
     def log_prob(self, x: np.ndarray) -> np.ndarray:
         """The log-density of each row."""
-        return np.asarray(logsumexp(self.log_parts(x), axis=1))
+        return log_sum(self.log_parts(x))
 
 
 def pooled_covariance(x: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -104,17 +104,16 @@ def fit_components(
     # In few dimensions the exponent would make narrow spikes of components with few rows.
     prior = prior_rows * count ** (-2 / max(dim, 4)) * pooled_covariance(x, weights)
     r = np.ones((n, 1)) if count == 1 else np.eye(count)[_clusters(x, count, w, seed)]
+    mixture = _maximise(x, r * w[:, None], prior, prior_rows)
     last = -np.inf
-    mixture = None
     for _ in range(iterations):
-        mixture = _maximise(x, r * w[:, None], prior, prior_rows)
         parts = mixture.log_parts(x)
-        log_p = np.asarray(logsumexp(parts, axis=1))
+        log_p = log_sum(parts)
         mean = float(w @ log_p / n)
         if mean - last < tolerance:
             break
         last, r = mean, np.exp(parts - log_p[:, None])
-    assert mixture is not None
+        mixture = _maximise(x, r * w[:, None], prior, prior_rows)
     return mixture
 
 
@@ -160,7 +159,7 @@ def kernel_log_prob(kernels: Components, x: np.ndarray) -> np.ndarray:
     squares = (b**2).sum(0)[:, None] + (a**2).sum(0)[None] - 2 * b.T @ a
     constant = 0.5 * x.shape[1] * _LOG_TWO_PI + np.log(np.diag(factor)).sum()
     parts = np.log(kernels.weights) - 0.5 * np.maximum(squares, 0)
-    return np.asarray(logsumexp(parts, axis=1)) - constant
+    return log_sum(parts) - constant
 
 
 class Knots(NamedTuple):
@@ -238,6 +237,11 @@ def apply_knots(knots: Knots, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return out, log_det
 
 
+def log_sum(terms: np.ndarray) -> np.ndarray:
+    """The logarithm of the sum over columns of exponentials, for each row."""
+    return np.asarray(logsumexp(terms, axis=1))
+
+
 def stack(log_p: np.ndarray, weights: np.ndarray | None = None, prior: float = 1.0) -> np.ndarray:
     """Weights of a mixture of densities that suit held-out rows best (Smyth & Wolpert 1999).
 
@@ -252,6 +256,6 @@ def stack(log_p: np.ndarray, weights: np.ndarray | None = None, prior: float = 1
     share = np.full(count, 1 / count)
     for _ in range(300):
         parts = np.log(share) + log_p
-        r = np.exp(parts - logsumexp(parts, axis=1, keepdims=True))
+        r = np.exp(parts - log_sum(parts)[:, None])
         share = (w @ r + prior / count) / (n + prior)
     return share

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import solve_triangular
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 
 from laminar.train import mixtures
 from laminar.train.mixtures import Components, Knots
@@ -68,7 +68,7 @@ class Shallow(NamedTuple):
         latent = None if self.knots is None else _latent(self.knots, x, self.given)
         both = zip(self.specs, self.parts, strict=True)
         logs = [_score(spec, part, x, latent, self.given) for spec, part in both]
-        return np.asarray(logsumexp(np.stack(logs, 1) + np.log(self.weights), axis=1))
+        return mixtures.log_sum(np.stack(logs, 1) + np.log(self.weights))
 
 
 def candidates(
