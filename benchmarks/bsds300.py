@@ -97,7 +97,7 @@ def build(args, source: Patches, mean, covariance) -> Flow:
     if args.components:
         x = source.take(args.em_rows)
         z = np.asarray(jax.vmap(lambda x: white.inverse(x)[0])(x), np.float64)
-        found = fit_components(z, args.components, 50.0, seed=args.seed, iterations=60)
+        found = fit_components(z, args.components, 50.0, seed=args.seed, iterations=40)
         factors = found.factors
         base = GaussianMixture(found.weights, found.means, factors @ factors.transpose(0, 2, 1))
     stack = zoo.nsf(
@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--bins", type=int, default=8)
     parser.add_argument("--residual", action="store_true")
     parser.add_argument("--components", type=int, default=50)
-    parser.add_argument("--em-rows", type=int, default=100_000)
+    parser.add_argument("--em-rows", type=int, default=50_000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--test-rows", type=int, default=250_000)
