@@ -32,12 +32,18 @@ format: $(VENV)/.dev-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A short run of every claim; see benchmarks/README.md for full budgets and for LAMINAR_DATA.
+# A short run of every claim; benchmarks/README.md has full budgets, rivals and what is in
+# LAMINAR_DATA.
 bench: $(VENV)/.run-ready
-	@for script in benchmarks/[a-z]*.py; do \
-		echo "== $$script --budget $(BUDGET)"; \
-		$(BIN)/python $$script --budget $(BUDGET) || exit 1; \
-	done
+	$(BIN)/python benchmarks/incremental.py --budget $(BUDGET) --dims 2,8,43 \
+		--out runs/bench/incremental.jsonl
+ifdef LAMINAR_DATA
+	$(BIN)/python benchmarks/defaults.py --budget $(BUDGET) \
+		--methods gaussian mixture kde laminar --out runs/bench/defaults.jsonl
+	$(BIN)/python benchmarks/bsds300.py --budget $(BUDGET) --out runs/bench/bsds300
+else
+	@echo "Set LAMINAR_DATA to run defaults.py and bsds300.py as well."
+endif
 
 docs: $(VENV)/.dev-ready
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -454,8 +454,13 @@ def _shade(axes, density_of, window, condition, flip, size: int = 90) -> None:
 
 def _histograms(axes, a, b, limits, bins) -> None:
     edges = np.linspace(limits[0], limits[1], bins + 1)
-    axes.hist(a, edges, density=True, color=DATA, alpha=0.35, label="data")
-    axes.hist(b, edges, density=True, color=FLOW, histtype="step", lw=1.4, label="samples")
+    for values, label, style in (
+        (a, "data", {"color": DATA, "alpha": 0.35}),
+        (b, "samples", {"color": FLOW, "histtype": "step", "lw": 1.4}),
+    ):
+        inside = values[(values >= edges[0]) & (values <= edges[-1])]
+        # Without a value there is no density, but there is still a line in the legend.
+        axes.hist(inside, edges, density=len(inside) > 0, label=label, **style)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
 
@@ -495,9 +500,13 @@ def _finish(figure: Any, path: PathLike | None) -> Any:
     """Write the figure whole or not at all, if it is to be written."""
     if path is not None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from PIL import Image
 
         FigureCanvasAgg(figure)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=_DPI, facecolor="white")
+        drawn, picture = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=_DPI, facecolor="white")
+        # A palette of 256 colours looks the same and takes less than half the space.
+        palette = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
+        palette.save(picture, "PNG", optimize=True)
         atomic_write(path, picture.getvalue())
     return figure
