@@ -15,13 +15,15 @@ import jax.tree_util as jtu
 import numpy as np
 
 from laminar._params import partition
+from laminar._registry import register
 from laminar.bijections import compose, elementwise
 from laminar.bijections import linear as L
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.coupling import coupling
+from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.quantile import QuantileMap
-from laminar.bijections.splines import RationalQuadratic
+from laminar.bijections.splines import Linear, RationalQuadratic
 
 INF = math.inf
 
@@ -88,6 +90,30 @@ ELEMENTWISE = [
             E.as_elementwise(compose.Chain([E.Affine(), E.SinhArcsinh(), E.Shift()])), key
         ),
     ),
+]
+
+
+@register("test_contract_cubic")
+def _cubic(params, x):
+    """y = e^a x³ + x + b, which has no simple inverse."""
+    slope = jnp.exp(params[0])
+    return slope * x**3 + x + params[1], jnp.log1p(3 * slope * x * x)
+
+
+RQ = RationalQuadratic
+UNIT = {"interval": (0.0, 1.0), "tails": None}
+
+SPLINES = [
+    Case("rational_quadratic", lambda key: randomise(RQ(8, (3,)), key)),
+    Case("rational_quadratic_lines", lambda key: randomise(RQ(5, (2,), tails="linear"), key)),
+    Case("rational_quadratic_unit", lambda key: randomise(RQ(4, **UNIT), key), (0, 1), (0, 1)),
+    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key)),
+    Case("linear_spline_lines", lambda key: randomise(Linear(5, tails="linear"), key)),
+    Case("linear_spline_unit", lambda key: randomise(Linear(4, **UNIT), key), (0, 1), (0, 1)),
+]
+
+NUMERICAL = [
+    Case("numerical_inverse", lambda key: NumericalInverse(_cubic, jr.normal(key, (2, 2)))),
 ]
 
 COMPOSED = [
@@ -213,4 +239,13 @@ def _quantile_map(key):
 QUANTILE = [Case("quantile_map", _quantile_map)]
 
 # Other tiers append their lists here.
-CASES: list[Case] = [*ELEMENTWISE, *COMPOSED, *LINEAR, *COUPLED, *AUTOREGRESSIVE, *QUANTILE]
+CASES: list[Case] = [
+    *ELEMENTWISE,
+    *SPLINES,
+    *NUMERICAL,
+    *COMPOSED,
+    *LINEAR,
+    *COUPLED,
+    *AUTOREGRESSIVE,
+    *QUANTILE,
+]
