@@ -120,7 +120,6 @@ CASES = [
     (["fit", "good.csv", *FIT, "--seed", "99999999999999999999"], ["--seed"]),
     (["fit", "good.csv", *FIT, "--flow", "nfs"], ["did you mean nsf"]),
     (["fit", "good.csv", *FIT, "--precision", "float16"], ["--precision"]),
-    (["fit", "good.csv", *FIT, "--resume"], ["checkpoint", "name one"]),
     (["fit", "good.csv"], ["--out"]),
     (["compare", "good.csv", "--flows", "nsf,what"], ["no flow named 'what'"]),
     (["compare", "few.csv", "--flows", "nsf"], ["few.csv", "at least 40"]),

@@ -1,6 +1,7 @@
 """fit_density and its parts: numbers against closed forms, and bad input."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from scipy.stats import multivariate_normal, norm
 from laminar import io
 from laminar._errors import InputError, ShapeError
 from laminar.preset import Preset, preset
-from laminar.train import fit, mixtures, shallow
+from laminar.train import Checkpoint, fit, mixtures, shallow
 from laminar.train.density import _assemble, fit_density
 from laminar.zoo import preset as zoo_preset
 
@@ -236,3 +237,31 @@ def test_presets_grow_with_rows():
 def test_arrays_of_either_library_are_taken():
     flow, _ = fit_density(jr.key(0), jnp.asarray(skewed(40, 2), jnp.float32), preset=QUICK)
     assert flow.shape == (2,)
+
+
+def test_every_flow_keeps_a_checkpoint_and_resumes(tmp_path, monkeypatch):
+    chosen = dataclasses.replace(QUICK, bases=("mixture", "normal"), layers=1, width=8, steps=40)
+    x = skewed(120, 2)
+    whole, _ = fit_density(jr.key(0), x, preset=chosen)
+    path = tmp_path / "run.ckpt"
+    state = Checkpoint(path, seconds=0.0)
+    module = importlib.import_module("laminar.train.fit")
+    save, saves = module.save_checkpoint, []
+
+    def save_and_stop(target, *rest):
+        save(target, *rest)
+        saves.append(target)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit_density(jr.key(0), x, preset=chosen, checkpoint=state)
+    assert state.files()
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    resumed, _ = fit_density(jr.key(0), x, preset=chosen, checkpoint=state, resume=True)
+    assert [file.name for file in state.files()] == [
+        "run.ckpt.flow-mixture",
+        "run.ckpt.flow-normal",
+    ]
+    np.testing.assert_array_equal(resumed.log_prob(x), whole.log_prob(x))

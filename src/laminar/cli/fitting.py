@@ -1,6 +1,5 @@
 """The commands that train: fit and compare."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,6 +31,7 @@ from laminar.cli.common import (
 
 if TYPE_CHECKING:
     from laminar.tables.table import Table
+    from laminar.train.checkpoint import Checkpoint
 
 
 def fit(
@@ -50,10 +50,14 @@ def fit(
     batch_size: BatchOption = None,
     learning_rate: RateOption = None,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="File that keeps the state of training.")
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            help="File that keeps the state of training until it ends; by default OUT.ckpt.",
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint (by default OUT.ckpt).")
+        bool, typer.Option("--resume", help="Go on from the checkpoint of a run that was cut.")
     ] = False,
     seed: SeedOption = 0,
     precision: PrecisionOption = "float32",
@@ -69,23 +73,23 @@ def fit(
     check_seed(seed)
     check_flow(flow)
     output_file(out, table)
-    if resume and checkpoint is None:
-        checkpoint = f"{out}.ckpt"
-    if checkpoint is not None:
-        output_file(checkpoint, table)
-        if Path(checkpoint).exists() and not resume:
-            raise InputError(
-                f"The checkpoint {checkpoint} exists; add --resume to go on from it, or delete it."
-            )
+    checkpoint = checkpoint or f"{out}.ckpt"
+    output_file(checkpoint, table)
     rows = _read(table, columns, given, weights)
     with jax_session(precision, no_cache):
         from laminar import io
         from laminar.tables.flow import fit_table
         from laminar.train.checkpoint import Checkpoint
 
-        if checkpoint is not None:
-            options["checkpoint"] = Checkpoint(checkpoint, seconds=_CHECKPOINT_SECONDS)
-            options["resume"] = resume
+        state = Checkpoint(checkpoint, seconds=_CHECKPOINT_SECONDS)
+        if state.files() and not resume:
+            raise InputError(
+                f"A run that was cut left the checkpoint {state.files()[0]}; add --resume to go on "
+                "from it, or delete it."
+            )
+        if resume and not state.files():
+            say(f"note: there is no checkpoint {checkpoint} to resume; training starts anew")
+        options |= {"checkpoint": state, "resume": resume}
         try:
             model, report = fit_table(
                 rows,
@@ -98,12 +102,12 @@ def fit(
                 **options,
             )
         except KeyboardInterrupt:
-            _interrupted(checkpoint)
+            _interrupted(state)
             raise typer.Exit(130) from None
         report = {"model": out, "precision": precision, **report}
         io.save(out, model, {key: value for key, value in report.items() if key != "model"})
-    if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
+    for file in state.files():
+        file.unlink()
     if as_json:
         emit_json(report)
         return
@@ -187,13 +191,11 @@ def _read(spec: str, columns: str | None, given: str | None, weights: str | None
     return read_table(spec, names_of("--columns", columns), extra)
 
 
-def _interrupted(checkpoint: str | None) -> None:
-    if checkpoint is not None and Path(checkpoint).exists():
+def _interrupted(state: "Checkpoint") -> None:
+    if state.files():
         say(
-            f"Interrupted; the checkpoint {checkpoint} is kept: run the same command with --resume "
-            f"to go on."
+            f"Interrupted; the checkpoint {state.files()[0]} is kept: run the same command with "
+            "--resume to go on."
         )
-    elif checkpoint is not None:
-        say("Interrupted before the first checkpoint; nothing was written.")
     else:
-        say("Interrupted; nothing was written (--checkpoint FILE would keep the training state).")
+        say("Interrupted before the first checkpoint; nothing was written.")

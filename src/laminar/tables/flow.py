@@ -353,11 +353,6 @@ def fit_auto(
 
     The held-out rows are not looked at; ties must have had their noise.
     """
-    if checkpoint is not None or resume:
-        raise InputError(
-            "A checkpoint keeps the training of one flow, and auto trains several; name one, such "
-            "as nsf."
-        )
     count, dim = rows.x.shape
     sizes = preset(count, dim, 0 if rows.condition is None else rows.condition.shape[1])
     chosen: dict[str, Any] = {
@@ -373,6 +368,8 @@ def fit_auto(
         weights=rows.weights,
         preset=sizes,
         time_limit=time_limit,
+        checkpoint=checkpoint,
+        resume=resume,
         progress=progress,
     )
     return flow, {

@@ -6,6 +6,7 @@ is recorded, and a difference is refused by name.
 """
 
 import dataclasses
+import glob
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from laminar.train.history import History
 
 FORMAT_VERSION = 1
 _KIND = "checkpoint"
+_PART = "flow-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Checkpoint:
     def exists(self) -> bool:
         """Whether there is something to resume."""
         return Path(self.path).exists()
+
+    def part(self, name: str) -> "Checkpoint":
+        """A checkpoint beside this one, for one of several flows trained in turn."""
+        return dataclasses.replace(self, path=f"{self.path}.{_PART}{name}")
+
+    def files(self) -> list[Path]:
+        """The files that exist of this checkpoint and of its parts."""
+        path = Path(self.path)
+        parts = path.parent.glob(f"{glob.escape(path.name)}.{_PART}*")
+        return [file for file in (path, *sorted(parts)) if file.exists()]
 
 
 def _is_key(leaf: Any) -> bool:

@@ -19,6 +19,7 @@ import jax.random as jr
 import numpy as np
 
 from laminar._errors import InputError, ShapeError
+from laminar._files import PathLike
 from laminar._params import Frozen, positive_inverse
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.base import AbstractTransform
@@ -34,6 +35,7 @@ from laminar.objectives import Batch
 from laminar.preset import Preset
 from laminar.preset import preset as make_preset
 from laminar.train import mixtures, shallow
+from laminar.train.checkpoint import Checkpoint
 from laminar.train.history import History
 
 _MOST_SEARCH = 4_000  # rows that candidates are compared on: ranks are stable from there on
@@ -116,6 +118,8 @@ def fit_density(
     preset: Preset | None = None,
     validation: float = 0.1,
     time_limit: float | None = None,
+    checkpoint: PathLike | Checkpoint | None = None,
+    resume: bool = False,
     progress: bool | None = None,
 ) -> tuple[Flow, DensityHistory]:
     """Fit a density to rows of continuous values.
@@ -130,6 +134,10 @@ def fit_density(
         validation: Share of the rows held out while flows are trained. Mixtures are fitted to all
             rows in the end.
         time_limit: Seconds in all, roughly; what is not tried by then is left out.
+        checkpoint: A file for the state of training, as in `fit`; each flow keeps a file of its own
+            beside it (`Checkpoint.files` lists them).
+        resume: Go on from these files where they exist. The search for mixtures is done anew; it
+            has the same result for the same key.
         progress: Show the training of flows; None shows it on a terminal only.
 
     Returns:
@@ -150,7 +158,10 @@ def fit_density(
     clock = _Clock(start, time_limit)
     history = DensityHistory()
     found = _search(table, chosen, _seed(shallow_key), clock)
-    parts = _train(flow_keys, table, chosen, found, clock, history, progress)
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    options = {"checkpoint": checkpoint, "resume": resume, "progress": progress}
+    parts = _train(flow_keys, table, chosen, found, clock, history, options)
     dist = _combine(table, found, parts, history)
     history.seconds = time.monotonic() - start
     history.stop_reason = "time limit" if clock.spent() else "steps"
@@ -165,6 +176,8 @@ def fit_preset(
     weights: Any,
     validation: Any,
     time_limit: float | None,
+    checkpoint: PathLike | Checkpoint | None,
+    resume: bool,
     progress: bool | None,
     given: dict[str, bool],
 ) -> tuple[Flow, DensityHistory]:
@@ -178,6 +191,8 @@ def fit_preset(
         weights: One weight for each row.
         validation: Share of the rows to hold out.
         time_limit: Seconds in all.
+        checkpoint: Where the state of training is kept.
+        resume: Whether to go on from there.
         progress: Whether to show progress.
         given: For options of `fit` that a preset decides itself, whether they were given.
 
@@ -201,6 +216,8 @@ def fit_preset(
         preset=preset,
         validation=validation,
         time_limit=time_limit,
+        checkpoint=checkpoint,
+        resume=resume,
         progress=progress,
     )
 
@@ -333,7 +350,7 @@ def _folds(table: _Table, count: int, seed: int):
 # --- neural flows ------------------------------------------------------------------------------
 
 
-def _train(keys, table, chosen, found, clock, history, progress):
+def _train(keys, table, chosen, found, clock, history, options):
     """Flows over each base, as (name, distribution of standardised rows, held-out log-density)."""
     if not chosen.bases:
         return []
@@ -347,7 +364,10 @@ def _train(keys, table, chosen, found, clock, history, progress):
         left = clock.left()
         share = None if left is None else max(left / (len(chosen.bases) - i), 1.0)
         base = _base(kind, found, latent, table)
-        flow, record = _train_one(key, base, latent, table, chosen, share, progress)
+        own = dict(options)
+        if own["checkpoint"] is not None:
+            own["checkpoint"] = own["checkpoint"].part(kind)
+        flow, record = _train_one(key, base, latent, table, chosen, share, own)
         name = f"flow over {kind}"
         history.flows[name] = record
         log_p = _host_log_prob(flow, latent[table.held], table.at("condition", table.held))
@@ -376,7 +396,7 @@ def _base(kind, found, latent, table) -> AbstractDistribution:
     return _gaussian_mixture(components, table.given)
 
 
-def _train_one(key, base, latent, table, chosen, seconds, progress):
+def _train_one(key, base, latent, table, chosen, seconds, options):
     from laminar.train.fit import fit
     from laminar.zoo import nsf
 
@@ -412,7 +432,7 @@ def _train_one(key, base, latent, table, chosen, seconds, progress):
         ema=chosen.ema,
         patience=chosen.patience,
         time_limit=seconds,
-        progress=progress,
+        **options,
     )
 
 

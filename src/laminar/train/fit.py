@@ -153,7 +153,8 @@ def fit(
         from laminar.train.density import fit_preset
 
         given = _options_given(locals())
-        arguments = (key, flow, data, condition, weights, validation, time_limit, progress, given)
+        shown = (checkpoint, resume, progress, given)
+        arguments = (key, flow, data, condition, weights, validation, time_limit, *shown)
         return fit_preset(*arguments)  # pyright: ignore[reportReturnType]
     begun = time.monotonic()
     _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule)
@@ -197,7 +198,15 @@ def fit(
 
 def _options_given(arguments: dict[str, Any]) -> dict[str, bool]:
     """For each option that a preset decides itself, whether the call of `fit` changed it."""
-    shared = ("condition", "weights", "validation", "time_limit", "progress")
+    shared = (
+        "condition",
+        "weights",
+        "validation",
+        "time_limit",
+        "checkpoint",
+        "resume",
+        "progress",
+    )
     options = [p for p in inspect.signature(fit).parameters.values() if p.kind == p.KEYWORD_ONLY]
     return {p.name: arguments[p.name] != p.default for p in options if p.name not in shared}
 
