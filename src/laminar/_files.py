@@ -13,14 +13,15 @@ Two sums, so that the description can be trusted without reading the arrays. Not
 ever executed, imported or unpickled.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -100,14 +101,24 @@ def check_writable(path: PathLike) -> Path:
         The real path, symbolic links followed.
 
     Raises:
-        InputError: If it is a folder, or its folder is missing or read-only.
+        InputError: If it is a folder, a device or a pipe, or is write-protected; or if its folder
+            is missing or read-only.
     """
     target = Path(os.path.realpath(path))
     folder = target.parent
-    if target.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a file in it.")
-    if not folder.is_dir():
-        raise InputError(f"{path} cannot be written: the folder {folder} does not exist.")
+    try:
+        mode = _mode(target)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise InputError(f"{path} is a folder; give the name of a file in it.")
+        if mode is not None and not stat.S_ISREG(mode):
+            raise InputError(f"{path} is not a regular file; give another name.")
+        # The name could be given away all the same, but who protects a file does not mean that.
+        if mode is not None and not (mode & 0o222 and os.access(target, os.W_OK)):
+            raise InputError(f"{path} cannot be written: the file is write-protected.")
+        if not folder.is_dir():
+            raise InputError(f"{path} cannot be written: the folder {folder} does not exist.")
+    except OSError as error:
+        raise InputError(f"{_brief(path)} cannot be written: {error.strerror or error}.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written: no permission to write in {folder}.")
     return target
@@ -118,37 +129,80 @@ def atomic_write(path: PathLike, data: bytes) -> None:
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name
     in one step. A symbolic link keeps pointing to the file it names, and an existing file keeps its
-    permissions.
+    permissions. A process that is killed leaves at most the one temporary file of that name, which
+    the next write to it takes over.
 
     Raises:
         InputError: If the file cannot be written; what was there before is untouched.
     """
     target = check_writable(path)
-    temporary = None
+    temporary = target.with_name(temporary_name(target.name))
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), _mode(target))
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        temporary = None
+        with _exclusive(temporary) as file:
+            try:
+                mode = _mode(target)
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode & 0o777)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         _sync_folder(target.parent)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
-def _mode(target: Path) -> int:
-    """The permissions of the file to be replaced, or those that the user's mask gives new files."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+def temporary_name(name: str) -> str:
+    """The name under which a file is written before it takes its own."""
+    # With the longest of names there is no room for more.
+    return f".{name if len(os.fsencode(name)) < 240 else checksum(os.fsencode(name))[:32]}.tmp"
+
+
+def _exclusive(temporary: Path) -> BinaryIO:
+    """Open a new file that no other writer has; one left by a killed process is thrown away.
+
+    Writers of the same name wait for each other by a lock, which goes with the process. Who waited
+    finds that the file it opened has since taken its name, and starts anew.
+    """
+    import fcntl  # which only Unix has, so that other systems can at least read
+
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        # Not tempfile, which would make it private: here the user's mask decides.
+        file = os.fdopen(os.open(temporary, flags, 0o666), "r+b")
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            mine = os.fstat(file.fileno())
+            try:
+                there = os.lstat(temporary)
+            except FileNotFoundError:
+                there = None
+            if there is not None and os.path.samestat(mine, there):
+                if mine.st_size == 0:
+                    return file
+                temporary.unlink(missing_ok=True)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _mode(target: Path) -> int | None:
+    """Type and permissions of what stands at a path, or None where nothing does."""
+    try:
+        return target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _brief(path: PathLike) -> str:
+    """A path as messages name it; what is longer than any name is cut."""
+    text = os.fspath(path)
+    return text if len(text) <= 300 else f"{text[:150]}…"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -278,13 +332,13 @@ def _sum(strings: Mapping[str, str]) -> str:
 def _read(path: PathLike, kind: str, whole: bool) -> tuple[Path, bytes]:
     """The file's bytes, or the first of them up to the end of the header."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a laminar {kind}; give the name of a file.")
-    if not path.exists():
-        raise InputError(f"There is no file {path}.")
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file.")
     try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, not a laminar {kind}; give the name of a file.")
+        if not path.exists():
+            raise InputError(f"There is no file {path}.")
+        if not path.is_file():
+            raise InputError(f"{path} is not a regular file.")
         with path.open("rb") as file:
             head = file.read(_LENGTH_BYTES)
             size = int.from_bytes(head, "little")
@@ -294,7 +348,7 @@ def _read(path: PathLike, kind: str, whole: bool) -> tuple[Path, bytes]:
                 raise ModelFileError(f"{path} is not a laminar {kind}.")
             return path, head + file.read(-1 if whole else size)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{_brief(path)} cannot be read: {error.strerror or error}.") from error
 
 
 def _describe(path: Path, data: bytes, kind: str, version: int) -> Any:

@@ -199,6 +199,11 @@ class _Writer:
 
     def record(self, x: Any, where: str, depth: int) -> Any:
         """A function, or an object with named fields."""
+        if isinstance(x, type):
+            raise InputError(
+                f"{where} is the class {place(x)} itself, which cannot be saved; save an object of "
+                "it, or the name of the class as a string."
+            )
         if callable(x) and not isinstance(x, eqx.Module) and (name := self.lookup.name(x)):
             return {"function": name}
         cls = type(x)
