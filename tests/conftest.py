@@ -1,10 +1,18 @@
-"""Strict modes for the whole suite: no silent promotion of dtypes or ranks, no warnings."""
+"""For the whole suite: no silent promotion of dtypes or ranks, no warnings, no cache at home."""
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """Commands keep compiled programs in a folder of this run, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAMINAR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
