@@ -239,12 +239,13 @@ class _Check:
             return self.skip(name, f"the density is {self.flow.exactness}, not exact")
         again = np.asarray(gradients.log_p, np.float64)
         first = np.asarray(self.log_p, np.float64)
-        edge = (again == -np.inf) & np.isfinite(first)
+        edge = again == -np.inf
         x, slope = (np.asarray(a, np.float64).reshape(self.n, -1) for a in (self.x, gradients.x))
-        # What one rounding of the point itself may change.
-        scale = Scale.of(x).spread + np.abs(x)
-        rounding = np.nan_to_num(np.abs(slope) * scale).sum(1) * 10 * self.eps / self.budget
-        error = np.abs(first - again) / (self.dim + rounding)
+        with np.errstate(invalid="ignore", over="ignore"):
+            # What one rounding of the point itself may change.
+            change = np.abs(slope) * (Scale.of(x).spread + np.abs(x))
+            rounding = np.nan_to_num(change, posinf=0).sum(1) * 10 * self.eps / self.budget
+            error = np.abs(first - again) / (self.dim + rounding)
         detail = ""
         if edge.any():
             detail = f"{edge.mean():.1%} of the samples have density 0"

@@ -278,15 +278,15 @@ def kernels(rng: np.random.Generator, samples: np.ndarray, count: int = 400) -> 
 
     It follows thin and bent densities of few dimensions; a tenth is one wide Gaussian.
     """
-    from sklearn.neighbors import NearestNeighbors
+    from scipy.spatial import KDTree
 
     n, dim = samples.shape
     count = min(count, n)
     neighbours = min(n, 3 * dim + 10)
     centres = samples[rng.choice(n, count, replace=False)]
     spread = Scale.of(samples).spread
-    search = NearestNeighbors(n_neighbors=neighbours).fit(samples / spread)
-    near = samples[search.kneighbors(centres / spread, return_distance=False)]
+    _, index = KDTree(samples / spread).query(centres / spread, neighbours)
+    near = samples[index.reshape(count, neighbours)]
     moved = near - centres[:, None]
     covariances = 2 * np.einsum("kni,knj->kij", moved, moved) / neighbours
     tiny = 1e-10 * np.einsum("kii->k", covariances) / dim + 1e-300

@@ -1,6 +1,7 @@
 """The integral of a density at one condition, and its samples compared with it."""
 
 import math
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -18,6 +19,8 @@ from laminar.mixtures import GaussianMixture
 _QUADRATURE = {1: 1e-3, 2: 3e-3, 3: 1e-2}
 _Z_SCORE = 5.5
 _CHUNK = 8192
+_ENOUGH = 0.2  # effective share at which no other proposal is tried
+_MAX_KERNEL = 12  # dimensions
 NAMES = ("density integrates to one", "samples follow the density")
 
 
@@ -25,8 +28,8 @@ def badness(line: Line) -> tuple[bool, float]:
     """A sort key: failures last, and within a verdict the one closest to its budget."""
     if line.passed is None:
         return False, -1.0
-    ratio = line.value / line.budget
-    return not line.passed, math.inf if math.isnan(ratio) else ratio
+    excess = line.value - line.budget
+    return not line.passed, math.inf if math.isnan(excess) else excess
 
 
 class Measure:
@@ -92,22 +95,27 @@ class Measure:
                 how = f"{found.value:.4f} by cubature, {found.evaluations} points"
                 return found, tolerance + found.error, how
         n = max(2000, min(20_000, 20_000 * 64 // self.dim))
-        pilot = [(self.importance(c, 1000), c) for c in self.candidates()]
-        broken = [found for found, _ in pilot if not math.isfinite(found.value)]
-        if broken:
-            return broken[0], 0.0, "the density is not finite somewhere"
-        best = max(pilot, key=lambda item: item[0].effective)[1]
+        best: tuple[str, Proposal] | None = None
+        most = -1.0
+        for space, make in self.candidates():
+            candidate = (space, make())
+            pilot = self.importance(candidate, 1000)
+            if not math.isfinite(pilot.value):
+                return pilot, 0.0, "the density is not finite somewhere"
+            if pilot.effective > most:
+                best, most = candidate, pilot.effective
+            if most > _ENOUGH:
+                break
+        if best is None:
+            return None, 0.0, "there is no proposal"
         found = self.importance(best, n)
         if found.effective * n < 100 or not found.error < 0.05:
             return None, 0.0, f"no proposal is close enough in {self.dim} dimensions"
         how = f"{found.value:.4f} ± {found.error:.4f} by importance sampling"
         return found, 2e-3 + 4 * found.error, how
 
-    def candidates(self) -> list[tuple[str, Proposal]]:
-        """Proposals in data space and, through the flow, in latent space."""
-        found = [("data", integrate.fitted(self.samples))]
-        if self.dim <= 12:
-            found.append(("data", integrate.kernels(self.rng, self.samples)))
+    def candidates(self) -> Iterator[tuple[str, Callable[[], Proposal]]]:
+        """Proposals in latent space, through the flow, and in data space; the cheap ones first."""
         if isinstance(self.flow, Flow):
             base = self.flow._base
             z = np.asarray(self.flow.to_latent(self.reshaped(), self.condition), np.float64)
@@ -115,10 +123,12 @@ class Measure:
             z = z[np.isfinite(z).all(1)]
             known = _known_proposal(base)
             if known is not None:
-                found.append(("latent", known))
+                yield "latent", lambda: known
             elif len(z) > 2 * self.dim and z.shape[1] == self.dim:
-                found.append(("latent", integrate.fitted(z)))
-        return found
+                yield "latent", lambda: integrate.fitted(z)
+        yield "data", lambda: integrate.fitted(self.samples)
+        if self.dim <= _MAX_KERNEL:
+            yield "data", lambda: integrate.kernels(self.rng, self.samples)
 
     def reshaped(self) -> Array:
         """The samples as events."""
