@@ -12,6 +12,7 @@ from laminar._errors import InputError
 from laminar.bijections.base import Invert
 from laminar.bijections.splines import RationalQuadratic
 from laminar.distributions import StudentT
+from laminar.nn.masked import MaskedMLP
 
 SMALL = {"layers": 3, "width": 16, "depth": 1}
 
@@ -46,10 +47,9 @@ def test_a_flow_starts_as_its_base_and_inverts_at_random_parameters(name, dim):
 def test_spline_flow_options():
     x = jr.normal(jr.key(1), (7, 3))
     for options in (
-        {"coupling": True},
-        {"fast": "sample"},
+        {"coupling": True, "affine": True},
+        {"fast": "sample", "base": StudentT((3,))},
         {"residual": True, "linear": True},
-        {"base": StudentT((3,))},
     ):
         flow = zoo.nsf(3, key=jr.key(0), **SMALL, **options)
         flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
@@ -72,9 +72,21 @@ def test_orders_come_in_opposite_pairs():
     assert (np.sort(orders, axis=1) == np.arange(6)).all()
 
 
+def test_a_pair_of_coupling_layers_moves_every_column():
+    flow = zoo.realnvp(6, key=jr.key(0), layers=8, width=8, depth=1)
+    flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(1), 0.3))
+    x = jr.normal(jr.key(2), (6,))
+    moved = [np.asarray(step.forward(x)[0] != x) for step in flow.bijection.steps()]
+    for first, second in zip(moved[::2], moved[1::2], strict=True):
+        assert first.sum() == second.sum() == 3
+        assert (first | second).all()
+
+
 def test_misuse_is_named():
     with pytest.raises(InputError, match="layers must be at least 1"):
         zoo.nsf(3, key=jr.key(0), layers=0)
+    with pytest.raises(InputError, match="each position"):
+        MaskedMLP(3, 2, width=4, depth=1, order=[0, 0, 7], key=jr.key(0))
     with pytest.raises(InputError, match="fast must be"):
         zoo.nsf(3, key=jr.key(0), fast="both")
     with pytest.raises(InputError, match="cond_dim"):

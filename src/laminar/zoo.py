@@ -267,7 +267,8 @@ def _build(
         return Invert(layer) if fast == "sample" else layer
 
     def coupled_layer(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
-        move = Permute(order)
+        # The entry at position i of the order comes to place i; the first half then conditions.
+        move = Permute(jnp.argsort(order))
         layer = coupling(dim, template, width=width, depth=depth, cond_dim=cond_dim, key=net_key)
         return Chain([move, layer, Invert(move)])
 

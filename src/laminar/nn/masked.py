@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
@@ -60,7 +61,8 @@ class MaskedMLP(eqx.Module):
         key: Draws the weights, LeCun-normal over the connections that the mask leaves.
 
     Raises:
-        InputError: If a size is not positive.
+        InputError: If a size is not positive, or `order` is not a permutation.
+        ShapeError: If `order` does not fit.
     """
 
     order: Array
@@ -103,6 +105,10 @@ class MaskedMLP(eqx.Module):
         )
         if self.order.shape != (dim,):
             raise ShapeError(f"MaskedMLP: an order of shape {self.order.shape} for {dim} inputs.")
+        if not isinstance(self.order, Tracer) and not np.array_equal(
+            np.sort(np.asarray(self.order)), np.arange(dim)
+        ):
+            raise InputError(f"MaskedMLP: the order must hold each position 0…{dim - 1} once.")
         first_key, cond_key, hidden_key = jr.split(key, 3)
         first_mask, hidden_mask, _ = self._masks()
         degree = jnp.asarray(degrees(dim, width, cond_dim > 0))
@@ -194,7 +200,8 @@ class MaskedMLP(eqx.Module):
         r"""Solve y_d = step(θ_d(y_1, …, y_{d−1}), x_d) for d = 1, …, D in one incremental pass.
 
         The values equal those of D dense passes up to rounding; the multiply-adds are those of
-        about one. A ``lax.scan`` over d keeps compile time flat in D.
+        about one. A ``lax.scan`` over d keeps compile time flat in D. Reverse-mode gradients keep the
+        activations of every step, so their memory grows as D · width · batch.
 
         Args:
             step: Maps parameters ``(P, *batch)`` and ``x_d`` ``(*batch)`` to ``(y_d, log_det_d)``.
