@@ -200,8 +200,8 @@ class MaskedMLP(eqx.Module):
         r"""Solve y_d = step(θ_d(y_1, …, y_{d−1}), x_d) for d = 1, …, D in one incremental pass.
 
         The values equal those of D dense passes up to rounding; the multiply-adds are those of
-        about one. A ``lax.scan`` over d keeps compile time flat in D. Reverse-mode gradients keep the
-        activations of every step, so their memory grows as D · width · batch.
+        about one. A ``lax.scan`` over d keeps compile time flat in D. Reverse-mode gradients keep
+        the activations of every step, so their memory grows as D · width · batch.
 
         Args:
             step: Maps parameters ``(P, *batch)`` and ``x_d`` ``(*batch)`` to ``(y_d, log_det_d)``.
