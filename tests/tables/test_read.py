@@ -1,7 +1,9 @@
 """Reading and writing tables: round trips in every format, and errors that name the cell."""
 
+import contextlib
 import datetime
 import decimal
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +57,7 @@ def test_every_format_selects_columns_in_the_order_asked_for(tmp_path, suffix):
     [
         ("bom.csv", b"\xef\xbb\xbfa,b\r\n1,2\r\n", ("a", "b"), [[1, 2]]),
         ("semicolon.csv", "a;b\n1;2\n", ("a", "b"), [[1, 2]]),
+        ("quoted.csv", '"a, b";c\n1;2\n', ("a, b", "c"), [[1, 2]]),
         ("tabs.tsv", "a,b\tc\n1\t2\n", ("a,b", "c"), [[1, 2]]),
         (
             "quotes.csv",
@@ -160,6 +163,10 @@ def test_numpy_archives(tmp_path):
     assert "a (2, 2)" in error(path)
     assert "did you mean 'a'" in error(f"{path}:aa")
     np.testing.assert_array_equal(read_table(f"{path}:a").values, np.eye(2))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("note.txt", "hello")
+    assert "'note.txt', which is no array" in error(path)
+    np.testing.assert_array_equal(read_table(f"{path}:a").values, np.eye(2))
     np.savez(path, rows=np.ones((3, 2)), label=np.zeros(3))
     assert read_table(path).names == ("x1", "x2")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
@@ -170,6 +177,45 @@ def test_numpy_archives(tmp_path):
     assert "complex128" in error(tmp_path / "complex.npy")
     np.save(tmp_path / "names.npy", np.array([(1, 2.5)], dtype=[("u", "i4"), ("v", "f8")]))
     assert read_table(tmp_path / "names.npy").names == ("u", "v")
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".npz", ".parquet", ".feather", ".npy", ".arrow"])
+def test_damaged_files_are_errors(tmp_path, suffix):
+    """Cut short, or with bytes changed anywhere: a table or an error, and nothing else."""
+    path = tmp_path / f"t{suffix}"
+    rng = np.random.default_rng(0)
+    write_table(path, {"a": rng.normal(size=400), "b": rng.normal(size=400)})
+    data = path.read_bytes()
+    for size in np.linspace(1, len(data) - 1, 12).astype(int):
+        path.write_bytes(data[:size])
+        assert path.name in error(path)
+    for place in [*range(24), *rng.integers(0, len(data), 40), *range(-24, -8)]:
+        changed = bytearray(data)
+        changed[place] ^= 0xFF
+        path.write_bytes(changed)
+        with contextlib.suppress(InputError):
+            read_table(path)
+
+
+def test_parquet_that_arrow_cannot_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise pa.ArrowNotImplementedError("nested lists")
+
+    write_table(tmp_path / "t.parquet", {"a": VALUES})
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", refuse)
+    assert "nested lists" in error(tmp_path / "t.parquet")
+
+
+def test_paths_that_cannot_be_looked_at(tmp_path, monkeypatch):
+    message = error(f"{tmp_path}/{'n' * 3000}.csv")
+    assert "too long" in message
+    assert len(message) < 300
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("laminar.tables.read.Path.is_dir", refuse)
+    assert "permission denied" in error(tmp_path / "t.csv")
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

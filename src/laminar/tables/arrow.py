@@ -1,5 +1,6 @@
 """CSV, Parquet, Arrow and Feather files as tables, through pyarrow."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -53,6 +54,7 @@ def _csv_header(path: str) -> tuple[list[str], int, str]:
     """The column names, the lines up to the end of the header, and the delimiter."""
     import csv
     import gzip
+    import zlib
 
     opener: Callable[..., IO[str]] = gzip.open if path.lower().endswith(".gz") else open  # type: ignore[assignment]
     try:
@@ -71,6 +73,8 @@ def _csv_header(path: str) -> tuple[list[str], int, str]:
             reader = csv.reader(lines(), delimiter=delimiter)
             header = [name.strip() for name in next(reader)]
             skip = blank + reader.line_num
+    except zlib.error as error:
+        raise InputError(f"{path} is a damaged gzip file: {first_line(error)}.") from None
     except (UnicodeDecodeError, csv.Error, EOFError) as error:
         raise InputError(
             f"{path} is not a text file in UTF-8 ({first_line(error)}); save it as CSV in UTF-8."
@@ -91,9 +95,9 @@ def _csv_header(path: str) -> tuple[list[str], int, str]:
 
 
 def _delimiter(line: str) -> str:
-    if "," in line:
-        return ","
-    return next((mark for mark in (";", "\t") if mark in line), ",")
+    """The first of the comma, the semicolon and the tab that stands outside quotes."""
+    bare = re.sub(r'"[^"]*("|$)', "", line)
+    return next((mark for mark in (",", ";", "\t") if mark in bare), ",")
 
 
 def _numbers(column: Any, name: str, path: str, pa: Any, pc: Any) -> np.ndarray:
@@ -179,6 +183,8 @@ def read_parquet(path: str, wanted: list[str] | None, also: Sequence[str], _key:
             return _from_arrow(file.read(columns=names), names, path)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a Parquet file: {first_line(error)}.") from None
+    except pa.ArrowException as error:
+        raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}.") from None
 
 
 def read_arrow(path: str, wanted: list[str] | None, also: Sequence[str], _key: None) -> Table:
@@ -190,7 +196,7 @@ def read_arrow(path: str, wanted: list[str] | None, also: Sequence[str], _key: N
         except pa.ArrowInvalid:
             with pa.OSFile(path) as file, ipc.open_stream(file) as stream:
                 data = stream.read_all()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except pa.ArrowException as error:
         raise InputError(f"{path} is not an Arrow or Feather file: {first_line(error)}.") from None
     names = choose(data.schema.names, wanted, also, path)
     return _from_arrow(data, names, path)

@@ -57,12 +57,13 @@ def read_table(
         from laminar.tables.builtin import load_builtin
 
         return load_builtin(text.removeprefix("builtin:"), wanted, also)
-    path, npz_key = _split_key(text)
-    reader = _READERS[_existing_file(path)]
+    path, npz_key = split_key(text)
     try:
+        reader = _READERS[_existing_file(path)]
         table = reader(path, wanted, also, npz_key)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
+        shown = path if len(path) <= 300 else f"{path[:150]}…"
+        raise InputError(f"{shown} cannot be read: {first_line(error)}.") from None
     if len(table) == 0:
         raise InputError(f"{path} has column names but no rows; add at least one row of numbers.")
     refuse_non_finite(table)
@@ -104,15 +105,22 @@ def table_suffix(path: str) -> str:
 
 
 def _read_npy(path: str, wanted: list[str] | None, also: Sequence[str], _key: None) -> Table:
-    return _from_numpy(_load_numpy(path), wanted, also, path)
+    with open(path, "rb") as file:
+        array = _load_numpy(file, path)
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is an archive of arrays; give it the suffix .npz.")
+    return _from_numpy(array, wanted, also, path)
 
 
 def _read_npz(path: str, wanted: list[str] | None, also: Sequence[str], key: str | None) -> Table:
-    archive = _load_numpy(path)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise InputError(f"{path} holds a single array; give it the suffix .npy.")
-    with archive:
-        arrays = {name: _npz_entry(archive, name, path) for name in archive.files}
+    # Opened here, because NumPy leaves a damaged archive open.
+    with open(path, "rb") as file:
+        archive = _load_numpy(file, path)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds a single array; give it the suffix .npy.")
+        with archive:
+            names = [key] if key in archive.files else archive.files
+            arrays = {name: _npz_entry(archive, name, path) for name in names}
     if key is not None:
         if key not in arrays:
             near = difflib.get_close_matches(key, arrays, n=1)
@@ -144,27 +152,31 @@ def _from_numpy(array: np.ndarray, wanted: list[str] | None, also: Sequence[str]
     return table if tuple(names) == table.names else table.select(names)
 
 
-def _load_numpy(path: str) -> Any:
+def _load_numpy(file: IO[bytes], path: str) -> Any:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        return np.load(file, allow_pickle=False)
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
             raise
         if "allow_pickle" in str(error) or "Object arrays" in str(error):
             raise InputError(
                 f"{path} is not an array of numbers (or holds pickled objects, which are never "
                 f"loaded); save it with numpy.save from a numeric array."
             ) from None
+        # Damage surfaces wherever it lies: in zip and zlib, in the header's tokens and its types.
         raise InputError(f"{path} is not a NumPy file: {first_line(error)}.") from None
 
 
 def _npz_entry(archive: Any, name: str, path: str) -> np.ndarray:
-    import zipfile
-
     try:
-        return archive[name]
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        array = archive[name]
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
         raise InputError(f"{path}: array {name!r} cannot be read: {first_line(error)}.") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} holds {name!r}, which is no array; name one as {path}:NAME.")
+    return array
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -255,9 +267,9 @@ def _existing_file(path: str) -> str:
     return suffix
 
 
-def _split_key(text: str) -> tuple[str, str | None]:
+def split_key(text: str) -> tuple[str, str | None]:
     """Split ``file.npz:key``, unless there is a file of that whole name."""
     head, mark, key = text.rpartition(":")
-    if mark and head.lower().endswith(".npz") and not Path(text).exists():
+    if mark and head.lower().endswith(".npz") and not os.path.exists(text):
         return head, key
     return text, None
