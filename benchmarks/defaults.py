@@ -6,11 +6,14 @@ mixtures (components chosen on validation, up to 50), scikit-learn's KDE (bandwi
 validation) and a FlowJAX spline flow with its defaults. Results are appended to a file of JSON
 lines as they come, so the run can be interrupted and continued with --resume.
 
-    LAMINAR_DATA=… python benchmarks/defaults.py --budget 3600 --resume
+A line's verdict is "best", "within" one standard error of the best, or "behind", twice: against the
+standard error of the best's mean, and, stricter, against that of the mean difference on the same
+rows, which leaves out what makes a row hard for every method.
+
+    LAMINAR_DATA=… python benchmarks/defaults.py --budget 3600 [--resume]
 """
 
-import argparse
-import contextlib
+import importlib.util
 import json
 import sys
 import time
@@ -20,13 +23,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-import continuous
+import _common
+import _continuous
 
 SIZES = ("200", "1000", "full")
 METHODS = ("gaussian", "mixture", "kde", "flowjax", "laminar")
+RIVALS = {"flowjax": "flowjax"}  # method: the package it needs beyond those of laminar
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)
 SPLITS = range(100)
-RESULTS = Path(__file__).parent / "results"
 
 
 # --- the methods: (train, test, seed) -> log density of every test row -------------------------
@@ -142,22 +146,36 @@ def cells(args):
                 yield table, size, number
 
 
+def _installed(methods):
+    """The methods whose packages are there; says which are left out."""
+    absent = [m for m in methods if m in RIVALS and importlib.util.find_spec(RIVALS[m]) is None]
+    for method in absent:
+        print(
+            f"{method} is left out, as {RIVALS[method]} is not installed; "
+            "pip install -r benchmarks/requirements.txt adds it.",
+            flush=True,
+        )
+    return [m for m in methods if m not in absent]
+
+
 def run(args, done):
     """Fill in what is missing, one line of the file per cell and method, within the budget."""
     import jax
 
     start = time.monotonic()
-    rows = {name: continuous.load(name) for name in args.tables}
+    rows = {name: _continuous.load(name, args.optional) for name in args.tables}
+    methods = _installed(args.methods)
+    _common.end_last_line(args.out)
     with args.out.open("a") as file:
         for table, size, number in cells(args):
             count = None if size == "full" else int(size)
             available = len(rows[table]) - len(rows[table]) // 5
             if count is not None and count > available:
                 continue
-            part = continuous.split(
+            part = _continuous.split(
                 rows[table], count, number, most=args.most_rows, most_test=args.most_test
             )
-            for method in args.methods:
+            for method in methods:
                 if (table, size, number, method) in done:
                     continue
                 if time.monotonic() - start > args.budget:
@@ -175,6 +193,8 @@ def run(args, done):
                     "method": method,
                     "train_rows": len(part.train),
                     "columns": part.train.shape[1],
+                    "most_rows": args.most_rows,
+                    "most_test": args.most_test,
                     "seconds": round(time.monotonic() - began, 1),
                     "log_density": [round(float(v), 3) for v in values],
                 }
@@ -198,15 +218,28 @@ def _pooled(records):
     return float(np.mean(means)), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
 
 
+def _paired(best, mine):
+    """Mean over splits and rows of how far the best is ahead, and the standard error of it."""
+    gaps = [
+        np.subtract(a["log_density"], b["log_density"]) for a, b in zip(best, mine, strict=True)
+    ]
+    errors = [gap.std() / np.sqrt(len(gap)) for gap in gaps]
+    mean = np.mean([gap.mean() for gap in gaps])
+    return float(mean), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+
+
 def report(args, done):
     """Print one line per table and size, and how many of them laminar wins."""
     print(
         f"Held-out log-likelihood, nats a row, mean over up to {args.splits} splits ± standard "
         f"error over test rows\n(at most {args.most_rows} training rows under 'full' and "
         f"{args.most_test} test rows; * best of the line).\n"
+        "Verdicts by the standard error of the best's mean, and of the paired difference.\n"
     )
     head = "".join(f"{m:>20s}" for m in args.methods)
-    print(f"{'table':12s} {'size':>5s} {'rows':>6s} {'cols':>4s} {'splits':>6s}{head}  verdict")
+    print(
+        f"{'table':12s} {'size':>5s} {'rows':>6s} {'cols':>4s} {'splits':>6s}{head}  verdict paired"
+    )
     verdicts = []
     for size in args.sizes:
         for table in args.tables:
@@ -229,46 +262,63 @@ def report(args, done):
                     continue
                 mark = "*" if m == best else " "
                 line += f"{pooled[m][0]:11.2f} ±{pooled[m][1]:6.2f}{mark}"
-            verdict = _verdict(best, pooled)
-            verdicts.append(verdict)
-            print(f"{line}  {verdict}")
-    if verdicts:
-        counts = {v: verdicts.count(v) for v in ("best", "within", "behind")}
+            gap = pooled[best][0] - pooled["laminar"][0]
+            plain = _verdict(best, gap, pooled[best][1])
+            paired = _verdict(best, *_paired(records[best], records["laminar"]))
+            verdicts.append((plain, paired))
+            print(f"{line}  {plain:8s}{paired}")
+    _summarise(verdicts)
+
+
+def _summarise(verdicts):
+    """The number of cells of each verdict, by either standard error."""
+    if not verdicts:
+        return
+    print(f"\n{len(verdicts)} cells. laminar is")
+    errors = ("the best's", "the paired")
+    for error, column in zip(errors, zip(*verdicts, strict=True), strict=True):
+        counts = {v: column.count(v) for v in ("best", "within", "behind")}
         print(
-            f"\n{len(verdicts)} cells: laminar is best in {counts['best']}, within one standard "
-            f"error of the best in {counts['within']}, behind in {counts['behind']}."
+            f"- by {error} standard error: best in {counts['best']}, within one of the best in "
+            f"{counts['within']}, behind in {counts['behind']}."
         )
 
 
-def _verdict(best, pooled):
+def _verdict(best, gap, error):
     if best == "laminar":
         return "best"
-    within = pooled["laminar"][0] >= pooled[best][0] - pooled[best][1]
-    return "within" if within else "behind"
+    return "within" if gap <= error else "behind"
+
+
+def _read(args):
+    """What was found before, by cell and method."""
+    done = {}
+    for record in _common.read_lines(args.out):
+        # Records of before these were written down have none of them.
+        limits = {k: record.get(k, getattr(args, k)) for k in ("most_rows", "most_test")}
+        _common.refuse_change(args.out, limits, {k: getattr(args, k) for k in limits})
+        done[tuple(record[k] for k in ("table", "size", "split", "method"))] = record
+    return done
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=3600, help="seconds to spend")
-    parser.add_argument("--resume", action="store_true", help="keep the results already there")
-    parser.add_argument("--tables", nargs="+", default=continuous.TABLES)
-    parser.add_argument("--sizes", nargs="+", default=SIZES)
+    parser = _common.parser(
+        __doc__.splitlines()[0],
+        budget="seconds after which no other cell begins; 0 prints the report alone",
+        out=Path("runs/defaults.jsonl"),
+    )
+    parser.add_argument("--tables", nargs="+", default=_continuous.TABLES)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--splits", type=int, default=3)
     parser.add_argument("--most-rows", type=int, default=10_000)
     parser.add_argument("--most-test", type=int, default=5_000)
-    parser.add_argument("--out", type=Path, default=RESULTS / "defaults.jsonl")
     args = parser.parse_args()
-    args.out.parent.mkdir(exist_ok=True)
-    if not args.resume:
-        with contextlib.suppress(FileNotFoundError):
-            args.out.unlink()
-    done = {}
-    if args.out.exists():
-        for line in args.out.read_text().splitlines():
-            record = json.loads(line)
-            done[tuple(record[k] for k in ("table", "size", "split", "method"))] = record
-    run(args, done)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    _common.guard([args.out], args)
+    done = _read(args)
+    if args.budget > 0:
+        run(args, done)
     report(args, done)
 
 

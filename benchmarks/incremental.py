@@ -7,11 +7,11 @@ dense passes of each layer. Compared are the values, the time of a run, and the 
     python benchmarks/incremental.py [--budget 600] [--resume]
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
+import _common
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax import lax
 
 import laminar
 from laminar import zoo
+from laminar._files import atomic_write
 from laminar._params import partition
 
 DIMS = (2, 8, 43, 128, 512)
@@ -78,10 +79,14 @@ def measure(function, flow, x, rounds: int):
     return compiling, float(np.median(times)), np.asarray(value)
 
 
+def rows_for(dim: int, args) -> int:
+    """Full passes cost D times more, so large D gets fewer rows; both methods get the same."""
+    return min(args.rows, max(256, args.rows * 43 // dim))
+
+
 def cell(dim: int, args) -> dict:
     flow = random_flow(dim, args)
-    # Full passes cost D times more, so large D gets fewer rows; both methods get the same.
-    rows = min(args.rows, max(256, args.rows * 43 // dim))
+    rows = rows_for(dim, args)
     z = jr.normal(jr.key(2), (dim, rows))
     rounds = 3 if dim > 128 else 5
     new = measure(incremental, flow, z, rounds)
@@ -105,10 +110,12 @@ def cell(dim: int, args) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=600, help="seconds; starts no cell after")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("runs/incremental.jsonl"))
+    parser = _common.parser(
+        __doc__.splitlines()[0],
+        budget="seconds after which no other D begins",
+        out=Path("runs/incremental.jsonl"),
+        default=600,
+    )
     parser.add_argument("--dims", type=lambda s: tuple(map(int, s.split(","))), default=DIMS)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--layers", type=int, default=5)
@@ -116,14 +123,18 @@ def main():
     args = parser.parse_args()
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.out.read_text().splitlines() if args.resume and args.out.exists() else []
-    results = [json.loads(line) for line in lines]
+    _common.guard([args.out], args)
+    results = _common.read_lines(args.out)
+    for result in results:
+        asked = {"rows": rows_for(result["dim"], args), "layers": args.layers, "width": args.width}
+        _common.refuse_change(args.out, result, asked)
     begun = time.monotonic()
     for dim in args.dims:
         if any(r["dim"] == dim for r in results) or time.monotonic() - begun > args.budget:
             continue
         results.append(cell(dim, args))
-        args.out.write_text("".join(json.dumps(r) + "\n" for r in results))
+        results.sort(key=lambda r: r["dim"])
+        atomic_write(args.out, "".join(json.dumps(r) + "\n" for r in results).encode())
     print(f"laminar {laminar.__version__}, jax {jax.__version__}, {jax.devices()[0].platform}")
     print(
         f"{args.layers} spline layers, hidden {args.width} × 2, 8 bins\n"

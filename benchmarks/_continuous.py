@@ -5,11 +5,10 @@ dares to put on them. So columns with ties get uniform noise of their own resolu
 seed and before any method sees them, and all methods compete on the same continuous rows.
 """
 
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from _common import Arrays
 
 ADBENCH = {
     "ionosphere": "18_Ionosphere",
@@ -32,14 +31,6 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def data_dir() -> Path:
-    """The directory of the public arrays, from the environment variable LAMINAR_DATA."""
-    path = os.environ.get("LAMINAR_DATA")
-    if not path or not Path(path).is_dir():
-        raise SystemExit("Set LAMINAR_DATA to the directory with adbench.npz, uci_regression.npz.")
-    return Path(path)
-
-
 def noise_width(column: np.ndarray) -> float:
     """Width of the uniform noise for one column: 0 when it has no ties worth speaking of.
 
@@ -54,15 +45,14 @@ def noise_width(column: np.ndarray) -> float:
     return 0.0
 
 
-def load(name: str) -> np.ndarray:
+def load(name: str, optional: bool = False) -> np.ndarray:
     """All usable rows of a table: normal rows only for ADBench, all columns for UCI; float64."""
     if name in ADBENCH:
-        with np.load(data_dir() / "adbench.npz", allow_pickle=False) as archive:
-            rows = archive[f"{ADBENCH[name]}__X"].astype(np.float64)
-            rows = rows[archive[f"{ADBENCH[name]}__y"] == 0]
+        arrays = Arrays("adbench.npz", optional)
+        rows = arrays[f"{ADBENCH[name]}__X"].astype(np.float64)
+        rows = rows[arrays[f"{ADBENCH[name]}__y"] == 0]
     elif name in UCI:
-        with np.load(data_dir() / "uci_regression.npz", allow_pickle=False) as archive:
-            rows = archive[f"{name}__xy"].astype(np.float64)
+        rows = Arrays("uci_regression.npz", optional)[f"{name}__xy"].astype(np.float64)
     else:
         raise SystemExit(f"Unknown table {name!r}; choose from {', '.join(TABLES)}.")
     rows = rows[:, rows.min(0) < rows.max(0)]

@@ -1,0 +1,110 @@
+"""What the benchmarks share: their options, the public arrays, and results that are not lost."""
+
+import argparse
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+
+def parser(
+    description: str, *, budget: str, out: Path, default: float = 3600
+) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--budget", type=float, default=default, help=budget)
+    old = made.add_mutually_exclusive_group()
+    old.add_argument("--resume", action="store_true", help="go on from the results already there")
+    old.add_argument("--restart", action="store_true", help="replace the results already there")
+    made.add_argument("--out", type=Path, default=out, help="where results go: %(default)s")
+    made.add_argument(
+        "--optional", action="store_true", help="skip, with success, if the data are not there"
+    )
+    return made
+
+
+def missing(what: str, optional: bool) -> NoReturn:
+    """Stop with one sentence: with success where the benchmark is one of several."""
+    if optional:
+        print(f"Skipped: {what}")
+        raise SystemExit(0)
+    raise SystemExit(what)
+
+
+class Arrays:
+    """The arrays of one file of the folder LAMINAR_DATA, read as they are asked for."""
+
+    def __init__(self, name: str, optional: bool = False):
+        folder = os.environ.get("LAMINAR_DATA", "")
+        self.path, self.optional = Path(folder) / name, optional
+        if not folder or not self.path.is_file():
+            missing(
+                f"{name} is not there: set LAMINAR_DATA to a folder that holds it "
+                "(benchmarks/README.md says how to make it).",
+                optional,
+            )
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                if key in archive:
+                    return archive[key]
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            missing(f"{self.path} cannot be read: {error}.", optional=False)
+        missing(
+            f"{self.path} has no array {key!r}; benchmarks/README.md names what it must hold.",
+            self.optional,
+        )
+
+
+def guard(paths: list[Path], args: argparse.Namespace) -> None:
+    """Refuse to replace results unless that was asked for; --restart removes them."""
+    present = [path for path in paths if path.exists()]
+    if args.restart:
+        for path in present:
+            path.unlink()
+    elif present and not args.resume:
+        raise SystemExit(
+            f"{present[0]} exists: go on with --resume, replace it with --restart, or give "
+            "another --out."
+        )
+
+
+def refuse_change(where: Path, written: dict, here: dict) -> None:
+    """Refuse to go on with other options than those that the results were made with."""
+    for name, value in here.items():
+        if written.get(name) != value:
+            option = "--" + name.replace("_", "-")
+            raise SystemExit(
+                f"{where} was made with {option} {written.get(name)}, not {value}: give the same "
+                "options to resume, or --restart."
+            )
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a file of JSON lines; what a killed run left half-written is skipped."""
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a record")
+        except ValueError:
+            print(f"{path}, line {number}: not a whole record; skipped.")
+            continue
+        records.append(record)
+    return records
+
+
+def end_last_line(path: Path) -> None:
+    """Give a half-written last line its end, so that what is appended stands on its own."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
