@@ -1,6 +1,8 @@
 """Checkpoints: nothing lost, nothing mixed up, and the same bits after an interruption."""
 
+import subprocess
 import sys
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -13,8 +15,9 @@ from laminar._errors import InputError, ModelFileError
 from laminar.bijections.elementwise import Affine
 from laminar.distributions import Normal
 from laminar.flow import Flow
-from laminar.objectives import Batch
+from laminar.objectives import Batch, nll
 from laminar.train import Checkpoint, History, fit, load_checkpoint, save_checkpoint
+from laminar.train.checkpoint import static_hash
 
 fit_module = sys.modules[fit.__module__]
 X = np.random.default_rng(0).normal(size=(90, 2)) * 2 + 1
@@ -216,6 +219,47 @@ def test_a_time_limited_run_counts_the_seconds_before(tmp_path):
     assert again.steps == first.steps
 
 
+def test_a_run_that_used_up_its_time_goes_on_when_given_more(tmp_path):
+    path = tmp_path / "c"
+    options = {"checkpoint": path, "resume": True, "patience": None}
+    _, first = fit(jr.key(0), flow(), X, time_limit=0.5, **options)
+    _, more = fit(jr.key(0), flow(), X, time_limit=1.5, **options)
+    assert first.stop_reason == more.stop_reason == "time limit"
+    assert more.steps > first.steps
+    assert np.array_equal(more.loss[: first.steps], first.loss)
+    assert more.rate[first.steps] == first.rate.max()
+    assert more.rate[-1] < 0.1 * first.rate.max()
+    _, few = fit(jr.key(1), flow(), X, time_limit=60, steps=30, checkpoint=tmp_path / "d")
+    _, many = fit(
+        jr.key(1), flow(), X, time_limit=60, steps=50, checkpoint=tmp_path / "d", resume=True
+    )
+    assert (few.steps, many.steps, many.stop_reason) == (30, 50, "steps")
+
+
+def test_the_static_hash_sees_classes_fields_and_functions_but_no_values():
+    class Part(eqx.Module):
+        value: jax.Array
+        act: Callable = eqx.field(static=True)
+        size: int = eqx.field(static=True)
+
+    first = Part(jnp.zeros(2), jax.nn.silu, 3)
+    assert static_hash(first) == static_hash(Part(jnp.ones(2), jax.nn.silu, 3))
+    assert static_hash(first) != static_hash(Part(jnp.zeros(2), jax.nn.silu, 4))
+    assert static_hash(first) != static_hash(Part(jnp.zeros(2), jax.nn.relu, 3))
+    code = "from laminar.zoo import nsf; import jax.random as jr; import sys;"
+    code += "from laminar.train.checkpoint import static_hash;"
+    code += "print(static_hash(nsf(2, key=jr.key(0), layers=1, width=4)))"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def other_objective(flow, batch, key):
+    return nll(flow, batch, key)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -226,11 +270,16 @@ def test_a_time_limited_run_counts_the_seconds_before(tmp_path):
         ({"key": 1}, "key = "),
         ({"data": X + 1}, "data = "),
         ({"flow": 3, "data": np.ones((90, 3))}, "another model or optimiser: .* is float32"),
+        ({"patience": 3}, "patience = 20, and this one has 3"),
+        ({"objective": other_objective}, r"objective = laminar\.objectives\.nll, and this one"),
+        ({"validation": Batch(X + 1)}, "validation = "),
         ({"ema": 0.9}, "it has no .ema"),
     ],
 )
 def test_resuming_another_run_is_refused(tmp_path, change, words):
     arguments = {"key": 0, "flow": 2, "data": X, "steps": 20}
+    if isinstance(change.get("validation"), Batch):
+        arguments["validation"] = Batch(X)
 
     def run(key, flow_dim, data, **options):
         path = tmp_path / "c"

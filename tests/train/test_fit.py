@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -25,9 +25,11 @@ from laminar.distributions import Normal, Uniform
 from laminar.flow import Flow
 from laminar.objectives import Batch, nll
 from laminar.preset import preset
-from laminar.train import ArraySource, History, MappedSource, fit
+from laminar.train import ArraySource, Checkpoint, History, MappedSource, fit
 from laminar.train import fit as fit_module_function
+from laminar.train.blame import find_blame
 from laminar.train.feed import Placement, prepare, stack_held_out
+from laminar.train.state import training_spec
 
 fit_module = sys.modules[fit_module_function.__module__]
 RNG = np.random.default_rng(0)
@@ -388,6 +390,38 @@ def test_a_stream_is_stacked_within_bounded_memory(monkeypatch):
     assert set(biggest) == {2}
 
 
+def test_little_is_read_that_is_not_used_under_a_time_limit(monkeypatch):
+    stream = Chunks(X[:50])
+    options = {"validation": Batch(X[50:]), "validate_every": 20, "steps": 60, "time_limit": 60.0}
+    _, history = fit(jr.key(0), normal(), stream, **options)
+    assert history.steps == 60
+    assert len(stream.asked) <= 64  # the first one four times more, to learn its shape
+    # How the steps are cut changes nothing.
+    monkeypatch.setattr(fit_module.Clock, "count", lambda self, step: (min(7, 20 - step % 20), 3))
+    again, cut = fit(jr.key(0), normal(), Chunks(X[:50]), **options | {"time_limit": None})
+    monkeypatch.undo()
+    whole, _ = fit(jr.key(0), normal(), Chunks(X[:50]), **options | {"time_limit": None})
+    assert cut.steps == 60
+    assert same(again, whole)
+
+
+def test_bad_values_of_mapped_rows_and_streams_are_named():
+    bad = X.copy()
+    bad[37, 1] = np.inf
+    words = "data: x has NaN, infinite or too large numbers in row 37;"
+    for validation in (None, 0.9):
+        with pytest.raises(InputError, match=words):
+            fit(jr.key(0), normal(), MappedSource(bad), validation=validation, steps=20)
+    weights = np.ones(120)
+    weights[[5, 8]] = [-1, np.nan]
+    with pytest.raises(InputError, match="rows 5, 8 are not"):
+        fit(jr.key(0), normal(), MappedSource(X, weights=weights), steps=20)
+    with pytest.raises(InputError, match="every weight is zero"):
+        fit(jr.key(0), normal(), MappedSource(X, weights=np.zeros(120)), steps=20)
+    with pytest.raises(InputError, match=r"in row \d+ of batch \d in epoch 0 of the stream"):
+        fit(jr.key(0), normal(), Chunks(bad[:50]), validation=None, steps=20)
+
+
 # --- Failures -------------------------------------------------------------------------------------
 
 
@@ -419,7 +453,51 @@ def test_lasting_failure_names_step_part_and_rows():
     assert "step 5:" in words
     assert "5 steps were not finite" in words
     assert "step 2 of 3 (Overflowing)" in words
-    assert "rows 17, 60" in words
+    assert "for rows 17, 60." in words
+    assert caught.value.rows == (17, 60)
+    moved = caught.value.renumbered(np.arange(120) + 1000)
+    assert "for rows 1017, 1060." in str(moved)
+    assert moved.rows == (1017, 1060)
+
+
+def test_a_failing_embedding_of_a_tree_of_conditions_is_named():
+    class Split(eqx.Module):
+        cond_shape: ClassVar[tuple] = (2,)
+
+        def __call__(self, condition):
+            return {"a": condition[:1], "b": jnp.log(condition[1:])}
+
+    class Both(AbstractDistribution):
+        loc: Array
+        shape: ClassVar[tuple] = ()
+        cond_shape: ClassVar[Any] = {"a": (1,), "b": (1,)}
+
+        def _log_prob(self, x, condition=None, *, key=None):
+            return -((x - self.loc - condition["a"][0] - condition["b"][0]) ** 2)
+
+        def _sample(self, key, batch=(), condition=None):
+            return jr.normal(key, batch)
+
+    flow = Flow(Both(jnp.zeros(())), Affine(shape=()), Split())
+    batch = Batch(np.zeros(4, np.float32), np.float32([[1, 1], [1, -1], [1, 2], [1, -3]]))
+    found = find_blame(flow, batch, jr.key(0), nll, training_spec(flow))
+    assert found.part == "the embedding of the condition"
+    assert found.rows.tolist() == [1, 3]
+
+
+def test_patience_does_not_depend_on_saves(tmp_path):
+    def hopeless(flow, batch, key):
+        loss, aux = nll(flow, batch, key)
+        # Minus infinity is no success either.
+        return jnp.where(len(batch.x) == 40, -jnp.inf, loss), aux
+
+    options = {"validation": Batch(X[:40]), "validate_every": 5, "patience": 3, "steps": 100}
+    for saving in (None, Checkpoint(tmp_path / "c", seconds=0)):
+        _, history = fit(
+            jr.key(0), normal(), X[40:], objective=hopeless, checkpoint=saving, **options
+        )
+        assert (history.stop_reason, history.steps, history.best_step) == ("patience", 15, 15)
+        assert np.isnan(history.best_loss)
 
 
 def test_a_rare_failure_is_survived():
@@ -487,6 +565,9 @@ BAD[[4, 9], 0] = np.nan
         (X, {"validation": Batch(BAD)}, InputError, "validation: x has NaN"),
         (X, {"steps": 0}, InputError, "steps is 0"),
         (X, {"steps": 2.5}, InputError, "steps is 2.5"),
+        (X, {"steps": 2**31}, InputError, "steps is 2147483648; give a whole number from 1 to"),
+        (X, {"steps": np.inf}, InputError, "steps is inf"),
+        (X, {"time_limit": np.inf}, InputError, "time_limit is inf"),
         (X, {"batch_size": 0}, InputError, "batch_size is 0"),
         (X, {"patience": 0}, InputError, "patience is 0"),
         (X, {"time_limit": -1.0}, InputError, "time_limit is -1.0"),

@@ -138,26 +138,24 @@ def test_a_stream_is_recognised_by_what_it_offers():
     assert not isinstance(np.ones(3), Stream)
 
 
-def test_one_request_is_read_ahead():
+def test_what_is_read_ahead_serves_any_count():
     seen = []
-
-    def load(start, count):
-        seen.append((start, count))
-        return start
-
-    reader = Prefetcher(load)
-    assert reader.get(0, 4, (4, 4)) == 0
-    assert reader.get(4, 4, (8, 2)) == 4
-    assert reader.get(9, 2, None) == 9  # not what was expected: loaded anew
+    reader = Prefetcher(lambda number: seen.append(number) or number)
+    assert list(reader.get(0, 4, 3)) == [0, 1, 2, 3]
+    assert list(reader.get(4, 1, 5)) == [4]
+    assert list(reader.get(5, 4, 1)) == [5, 6, 7, 8]
+    assert list(reader.get(9, 2, 0)) == [9, 10]
+    assert seen == list(range(11))
+    assert list(reader.get(3, 2, 0)) == [3, 4]  # not what was expected: loaded anew
     reader.close()
-    assert seen == [(0, 4), (4, 4), (8, 2), (9, 2)]
+    assert seen[11:] == [3, 4]
 
 
 def test_an_error_of_the_stream_comes_through():
-    def load(start, count):
+    def load(number):
         raise ValueError("mine")
 
     reader = Prefetcher(load)
     with pytest.raises(ValueError, match="mine"):
-        reader.get(0, 1, None)
+        list(reader.get(0, 1, 0))
     reader.close()

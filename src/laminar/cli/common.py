@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float64"]
 
+_MOST_STEPS = 2**31 - 2  # as in `laminar.train.state`, which loads JAX
+FLOWS = ("auto", "nsf", "maf", "iaf", "realnvp", "nice")
+"""What --flow takes: ``auto`` and the names of `laminar.zoo.BUILDERS`, without loading those."""
+
 _CACHE_LIMIT = 2**30
 
 TableArgument = Annotated[
@@ -136,6 +140,8 @@ def check_training(
 ) -> dict[str, Any]:
     """The options of training that were given, checked."""
     at_least("--steps", steps, 1)
+    if steps is not None and steps > _MOST_STEPS:
+        raise InputError(f"--steps must be at most {_MOST_STEPS}, not {steps}.")
     positive("--time-limit", seconds)
     at_least("--batch-size", batch_size, 1)
     positive("--learning-rate", rate)
@@ -152,12 +158,11 @@ def check_training(
 
 def check_flow(name: str) -> None:
     """Refuse a flow that there is none of, before JAX is loaded."""
-    names = ("auto", "nsf", "maf", "iaf", "realnvp", "nice")
-    if name not in names:
+    if name not in FLOWS:
         import difflib
 
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(names)}."
+        near = difflib.get_close_matches(name, FLOWS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(FLOWS)}."
         raise InputError(f"There is no flow named {name!r}; {hint}")
 
 
@@ -173,14 +178,25 @@ def names_of(option: str, text: str | None) -> list[str] | None:
     return names
 
 
-def output_file(path: str, *inputs: str) -> None:
+def output_file(path: str, *inputs: str, option: str = "--out") -> None:
     """Refuse an output that cannot be written or that is one of the inputs, before any work."""
     from laminar._files import check_writable
 
-    target = check_writable(path)
+    check_writable(path)
     for other in inputs:
-        if Path(other).exists() and target.exists() and os.path.samefile(other, target):
-            raise InputError(f"--out {path} is the input itself; choose another file.")
+        if same_file(path, other):
+            raise InputError(f"{option} {path} is the input itself; choose another file.")
+
+
+def same_file(a: str, b: str) -> bool:
+    """Whether two paths, or names of tables, lead to one file, which need not exist."""
+    from laminar.tables.read import split_key
+
+    paths = [os.path.realpath(split_key(path)[0]) for path in (a, b)]
+    if paths[0] == paths[1]:
+        return True
+    # Two links to one file; and on some disks A and a.
+    return os.path.exists(paths[0]) and os.path.exists(paths[1]) and os.path.samefile(*paths)
 
 
 def output_table(path: str, *inputs: str) -> None:
@@ -196,17 +212,38 @@ def output_table(path: str, *inputs: str) -> None:
 
 @contextlib.contextmanager
 def jax_session(precision: Precision, no_cache: bool = False) -> Iterator[None]:
-    """Set the precision, and keep compiled programs for the next run."""
+    """Set the precision, and keep compiled programs for the next run; all settings are put back."""
     import jax
 
-    directory = None if no_cache else _cache_directory()
-    if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-        jax.config.update("jax_raise_persistent_cache_errors", False)
-    with jax.enable_x64(precision == "float64"):
+    with contextlib.ExitStack() as stack:
+        directory = None if no_cache else _cache_directory()
+        if directory is not None:
+            stack.enter_context(_compilation_cache(directory))
+        stack.enter_context(jax.enable_x64(precision == "float64"))
         yield
+
+
+@contextlib.contextmanager
+def _compilation_cache(directory: str) -> Iterator[None]:
+    import jax
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    settings = {
+        "jax_compilation_cache_dir": directory,
+        "jax_persistent_cache_min_compile_time_secs": 0.05,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_raise_persistent_cache_errors": False,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        reset_cache()  # which may have been opened elsewhere
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
 
 
 def _cache_directory() -> str | None:
@@ -272,7 +309,7 @@ def load_model(path: str) -> "TableFlow":
 
 def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "Table":
     """The columns of a table that a model needs."""
-    from laminar.tables.read import read_table, table_suffix
+    from laminar.tables.read import read_table, split_key, table_suffix
     from laminar.tables.table import UnknownColumnError, listing
 
     schema = model.schema
@@ -282,8 +319,8 @@ def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "T
     else:
         what = f"{path} needs {listing(needed)}"
     if not spec.startswith("builtin:"):
-        file = spec.partition(".npz:")[0] + ".npz" if ".npz:" in spec else spec
-        if not Path(file).is_file() or table_suffix(file) in (".npy", ".npz"):
+        file, _ = split_key(spec)
+        if not os.path.isfile(file) or table_suffix(file) in (".npy", ".npz"):
             return read_table(spec)  # its columns may have no names to be chosen by
     try:
         return read_table(spec, columns=needed)

@@ -83,14 +83,14 @@ def _walk(flow: Any, batch: Batch) -> Blame | None:
     bijection, base = _thaw(flow.bijection), _thaw(flow.base)
     point, condition = jtu.tree_map(lambda a: jnp.moveaxis(a, 0, -1), (batch.x, batch.condition))
     condition = flow._embedded(condition)
-    if condition is not None and not bool(jnp.isfinite(condition).all()):
-        bad = ~_finite_rows(condition)
+    bad = ~_finite_rows(condition, point.shape[-1])
+    if bad.any():
         return Blame("the embedding of the condition", np.flatnonzero(bad))
     steps = bijection.steps()
     for number in range(len(steps), 0, -1):
         step = steps[number - 1]
         point, log_det = _invert(step, point, condition)
-        bad = ~(_finite_rows(point) & np.isfinite(np.asarray(log_det)))
+        bad = ~(_finite_rows(point, point.shape[-1]) & np.isfinite(np.asarray(log_det)))
         if bad.any():
             return Blame(f"step {number} of {len(steps)} ({step.name})", np.flatnonzero(bad))
     bad = ~np.isfinite(np.asarray(eqx.filter_jit(base._log_prob)(point, condition)))
@@ -108,6 +108,9 @@ def _thaw(part: Any) -> Any:
     return part.value if isinstance(part, Frozen) else part
 
 
-def _finite_rows(point: Array) -> np.ndarray:
-    values = np.isfinite(np.asarray(point))
-    return np.asarray(values.reshape(-1, values.shape[-1]).all(0))
+def _finite_rows(tree: PyTree, count: int) -> np.ndarray:
+    """Which of `count` rows, along the last axis of all arrays of a tree, are finite throughout."""
+    sound = np.ones(count, bool)
+    for leaf in jtu.tree_leaves(tree):
+        sound &= np.isfinite(np.asarray(leaf)).reshape(-1, count).all(0)
+    return sound

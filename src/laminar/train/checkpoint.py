@@ -1,13 +1,17 @@
 """Checkpoints: the whole state of a training run in one file, written whole or not at all.
 
 A checkpoint holds arrays and a description, no code and no structure: it is restored into a
-template, the state that the same call of `fit` builds anew. Whatever would make the two runs differ
-is recorded, and a difference is refused by name.
+template, the state that the same call of `fit` builds anew. What decides the numbers of a run and
+can be compared is recorded, and a difference is refused by name: the key, the data, the budget, the
+options, the shapes of all arrays, the fields of the flow that are no arrays, and the name of the
+objective. What an objective or an optimiser of one's own does inside is not seen, nor are the
+values that the flow began with: these must be the same by the user's own care.
 """
 
 import dataclasses
 import glob
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,15 @@ def structure_hash(state: PyTree) -> str:
         f"{name} {kind} {shape}" for name, (kind, shape) in _shapes(_named_leaves(state)).items()
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def static_hash(tree: PyTree) -> str:
+    """SHA-256 over everything in a tree but its arrays: classes, static fields, functions by name.
+
+    Addresses in memory are left out, so the hash is the same in another process.
+    """
+    text = f"{jtu.tree_structure(tree)} {eqx.tree_pformat(tree, short_arrays=True)}"
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
 
 
 def save_checkpoint(

@@ -79,13 +79,35 @@ class Clock:
     def to_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
         decay = None if self._decay is None else dataclasses.asdict(self._decay)
-        return {"decay": decay, "given_up": self._given_up}
+        return {
+            "decay": decay,
+            "given_up": self._given_up,
+            "steps": self.steps,
+            "time_limit": self.limit,
+        }
 
-    def resume(self, seconds: float, written: dict[str, Any]) -> None:
-        """Go on where another clock was: its seconds count, and a decay once begun stays."""
+    def resume(self, seconds: float, written: dict[str, Any], reason: str) -> str:
+        """Go on where another clock was: its seconds count, and a decay once begun stays.
+
+        Args:
+            seconds: What the other clock showed.
+            written: Its `to_dict`.
+            reason: Why that run ended, or nothing if it did not.
+
+        Returns:
+            The reason, or nothing if there is more to do: a run that used up its time, or its steps
+            under a time limit, goes on where it is now allowed more. The rate is then what it was
+            before the decay.
+        """
         self._before = seconds
+        if self.limit is not None and (
+            (reason == "time limit" and self.limit > written["time_limit"])
+            or (reason == "steps" and (self.steps is None or self.steps > written["steps"]))
+        ):
+            return ""
         self._decay = None if written["decay"] is None else Decay(**written["decay"])
         self._given_up = written["given_up"]
+        return reason
 
     def elapsed(self) -> float:
         """Seconds of the run so far."""
@@ -96,12 +118,13 @@ class Clock:
         self._marked = time.monotonic()
 
     def count(self, step: int) -> tuple[int, int]:
-        """How many steps the next segment takes, and how many the one after it is likely to.
+        """How many steps the next segment takes, and at most how many batches to read after it.
 
         A feed that reads ahead gets segments of a length known in advance; otherwise a segment
         takes about a second.
         """
         count = self._up_to_mark(step, self.length)
+        wanted = min(self.length, self.validate_every)
         if not self._fixed or self.limit is not None:
             if self._pace is None:
                 wanted = 1 if self._calls == 0 else 10
@@ -109,8 +132,12 @@ class Clock:
                 seconds = 1.0 if self.limit is None else min(1.0, 0.02 * self.limit)
                 wanted = max(int(seconds * self._pace), 1)
             count = min(count, wanted)
-        after = step + count
-        following = 0 if self._end() == after else self._up_to_mark(after, self.length)
+        # A little more than is likely, as a segment that a validation cuts short is followed by a
+        # longer one, and the pace may rise; what is read ahead and not asked for is kept.
+        following = min(2 * wanted, self.length)
+        end = self._end()
+        if end is not None:
+            following = min(following, max(end - step - count, 0))
         return count, following
 
     def tick(self, step: int, count: int) -> float:

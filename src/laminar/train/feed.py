@@ -4,6 +4,7 @@ A feed gives a segment of training everything it needs to make its own batches. 
 device once; anything else is read ahead in a thread, a bounded stack of batches at a time.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from laminar._errors import InputError, ShapeError
+from laminar._errors import InputError, ShapeError, list_rows
 from laminar._files import checksum
 from laminar._typing import Array, PyTree
 from laminar.objectives import Batch
@@ -35,6 +36,7 @@ _STACK_BYTES = 2**25
 _MOST_HELD_OUT = 100_000
 _CHUNK_ROWS = 1024
 _MOST_STACKED = 256
+_PIECE = 2**20
 
 
 class Placement(NamedTuple):
@@ -61,6 +63,10 @@ class Placement(NamedTuple):
         if self.mesh is None:
             return batch
         return jax.lax.with_sharding_constraint(batch, self.sharding("batch"))
+
+
+Named = tuple[str, Sequence[int] | np.ndarray]
+"""Rows in words, and their numbers in the data given, none for those of a stream."""
 
 
 def place(devices: int | Sequence[Any] | Mesh | None) -> Placement:
@@ -145,14 +151,67 @@ def prepare(
 def _prepare_mapped(flow, source: MappedSource, fraction, given, seed) -> Prepared:
     check_shapes(flow, source.take(np.arange(1)), "data")
     count = len(source)
-    numbers = np.arange(count) if source.rows is None else source.rows
+    numbers = np.arange(count) if source.rows is None else np.asarray(source.rows)
+    if source.weights is not None:
+        _check_mapped_weights(source.weights, numbers)
     if fraction:
         fraction = min(fraction, _MOST_HELD_OUT / count)
     inside, outside = _split(count, fraction, seed)
     if len(outside) == 0:
         return Prepared(source, numbers, given)
-    held_out = check_batch(flow, source.take(outside), "validation")
+    batch = source.take(outside)
+    # What is read later is checked as it is read.
+    _check_values(
+        _as_dtype(batch, np.dtype(flow.dtype)), lambda bad: list_rows(numbers[outside[bad]])
+    )
+    held_out = check_batch(flow, batch, "validation")
     return Prepared(source.subset(inside), numbers[inside], held_out)
+
+
+def _check_mapped_weights(weights: Any, numbers: np.ndarray) -> None:
+    """Refuse negative or non-finite weights of mapped rows, a piece of the file at a time."""
+    some = False
+    for start in range(0, len(numbers), _PIECE):
+        rows = numbers[start : start + _PIECE]
+        piece = np.asarray(weights[rows])
+        bad = ~(np.isfinite(piece) & (piece >= 0))
+        if bad.any():
+            raise InputError(
+                f"data: weights must be finite and not negative; {list_rows(rows[bad])} "
+                f"{'are' if bad.sum() > 1 else 'is'} not."
+            )
+        some = some or bool((piece > 0).any())
+    if not some:
+        raise InputError("data: every weight is zero; there is nothing to learn from.")
+
+
+def _as_dtype(batch: Batch, dtype: np.dtype) -> Batch:
+    """Host arrays with every real number, and all of x, in the flow's dtype."""
+
+    def cast(a):
+        return a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a
+
+    # What is too large becomes infinite, which `_check_values` refuses.
+    with np.errstate(over="ignore"):
+        batch = jtu.tree_map(cast, batch)
+        return batch._replace(x=batch.x.astype(dtype))
+
+
+def _check_values(batch: Batch, words: Callable[[np.ndarray], str]) -> None:
+    """Refuse what is not finite, and negative weights, with the rows in words."""
+    named = (("x", batch.x), ("the condition", batch.condition), ("weights", batch.weights))
+    for name, tree in named:
+        for leaf in jtu.tree_leaves(tree):
+            bad = ~np.isfinite(leaf)
+            if bad.any():
+                rows = np.flatnonzero(bad.reshape(len(bad), -1).any(1))
+                raise InputError(
+                    f"data: {name} has NaN, infinite or too large numbers in {words(rows)}; "
+                    "remove or fill them."
+                )
+    if batch.weights is not None and (batch.weights < 0).any():
+        rows = np.flatnonzero(batch.weights < 0)
+        raise InputError(f"data: weights must not be negative, as in {words(rows)}.")
 
 
 def _fraction(validation: Any) -> float | None:
@@ -333,10 +392,10 @@ class ArrayFeed:
         cursor = Cursor(jnp.asarray(epoch, jnp.uint32), jnp.asarray(position, jnp.uint32))
         return Rows(self._source, self._device_seed, cursor, self.size)
 
-    def inspect(self, step: int) -> tuple[Batch, Callable[[np.ndarray], str]]:
-        """The batch of one step, and words for some of its rows."""
+    def inspect(self, step: int) -> tuple[Batch, Callable[[np.ndarray], Named]]:
+        """The batch of one step, and names for some of its rows."""
         rows = rows_at(self._seed, Cursor.at(step, self.size, self.count), self.size, self.count)
-        return _rows_of(self._host, rows), lambda bad: _list_rows(self.rows[rows[bad]])
+        return _rows_of(self._host, rows), lambda bad: _named(self.rows[rows[bad]])
 
     def sample(self, count: int) -> Batch:
         """Some rows to initialise from."""
@@ -345,7 +404,7 @@ class ArrayFeed:
 
     def fingerprint(self) -> list:
         """What a checkpoint remembers of the data."""
-        return ["rows", self.count, _digest(self._host)]
+        return ["rows", self.count, digest(self._host)]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -366,10 +425,18 @@ class StreamFeed:
             first = as_batch(source.batch(0, 0))
             self.size = len(first.x) + -len(first.x) % placement.devices
             self.count = len(source) * self.size
-        check_shapes(flow, jtu.tree_map(np.asarray, self._read(0)), "data")
-        nbytes = sum(a.nbytes for a in jtu.tree_leaves(self._read(0)))
+        first = self._read(0)
+        check_shapes(flow, first, "data")
+        nbytes = sum(a.nbytes for a in jtu.tree_leaves(first))
         self.capacity = int(np.clip(_STACK_BYTES // max(nbytes, 1), 1, _MOST_STACKED))
-        self._ahead = Prefetcher(self._load)
+        self._ahead = Prefetcher(self._read)
+        # Batches are written into one stack that stays on the device, so that its shape, and with
+        # it the compiled segment, is the same for every number of batches.
+        self._stack = placement.put(
+            jtu.tree_map(lambda a: jnp.zeros((self.capacity, *a.shape), a.dtype), self._put(first)),
+            None,
+            "batch",
+        )
 
     @property
     def steps_per_epoch(self) -> float:
@@ -386,43 +453,33 @@ class StreamFeed:
             )
         else:
             batch = pad_batch(self._source.batch(*self._where(step)), self.size)
+        batch = _as_dtype(batch, self._dtype)
+        _check_values(batch, lambda bad: self._named(step, bad)[0])
+        return batch
 
-        def cast(a):
-            return a.astype(self._dtype) if np.issubdtype(a.dtype, np.floating) else a
+    def _named(self, step: int, bad: np.ndarray) -> Named:
+        """Rows of the batch of a step, by the user's numbers where they have any."""
+        if self.mapped and self.rows is not None:
+            cursor = Cursor.at(step, self.size, self.count)
+            return _named(self.rows[rows_at(self._seed, cursor, self.size, self.count)[bad]])
+        epoch, index = self._where(step)
+        return f"{list_rows(bad)} of batch {index} in epoch {epoch} of the stream", ()
 
-        batch = jtu.tree_map(cast, batch)
-        return batch._replace(x=batch.x.astype(self._dtype))
-
-    def _load(self, step: int, count: int) -> Batch:
-        first = self._read(step)
-        stack = jtu.tree_map(lambda a: np.zeros((self.capacity, *a.shape), a.dtype), first)
-
-        def put(i, batch):
-            jtu.tree_map(lambda s, a: s.__setitem__(i, a), stack, batch)
-
-        put(0, first)
-        for i in range(1, count):
-            put(i, self._read(step + i))
-        return stack
+    def _put(self, batch: Batch) -> Batch:
+        return self._placement.put(jtu.tree_map(jnp.asarray, batch), "batch")
 
     def segment(self, step: int, count: int, following: int) -> Stack:
-        """The stack for a segment of `count` steps from `step`; the following is read ahead."""
-        ahead = (step + count, following) if following else None
-        stack = self._ahead.get(step, count, ahead)
-        stack = jtu.tree_map(jnp.asarray, stack)
-        return Stack(self._placement.put(stack, None, "batch"))
+        """The stack for a segment of `count` steps from `step`; the following are read ahead.
 
-    def inspect(self, step: int) -> tuple[Batch, Callable[[np.ndarray], str]]:
-        """The batch of one step, and words for some of its rows."""
-        numbers = self.rows
-        if self.mapped and numbers is not None:
-            rows = rows_at(
-                self._seed, Cursor.at(step, self.size, self.count), self.size, self.count
-            )
-            return self._read(step), lambda bad: _list_rows(numbers[rows[bad]])
-        epoch, index = self._where(step)
-        where = f"of batch {index} in epoch {epoch} of the stream"
-        return self._read(step), lambda bad: f"{_list_rows(bad)} {where}"
+        It holds good until the next call, which writes into it.
+        """
+        for i, batch in enumerate(self._ahead.get(step, count, following)):
+            self._stack = _write(self._placement, self._stack, self._put(batch), np.int32(i))
+        return Stack(self._stack)
+
+    def inspect(self, step: int) -> tuple[Batch, Callable[[np.ndarray], Named]]:
+        """The batch of one step, and names for some of its rows."""
+        return self._read(step), lambda bad: self._named(step, bad)
 
     def sample(self, count: int) -> Batch:
         """Some rows to initialise from."""
@@ -430,21 +487,30 @@ class StreamFeed:
 
     def fingerprint(self) -> list:
         """What a checkpoint remembers of the data."""
-        return ["stream", self.count, _digest(self._read(0))]
+        return ["stream", self.count, digest(self._read(0))]
 
     def close(self) -> None:
         """End the reading thread."""
         self._ahead.close()
 
 
-def _list_rows(rows: np.ndarray) -> str:
-    """Some row numbers in words."""
-    numbers = sorted({int(r) for r in rows})
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _write(placement: Placement, stack: Batch, batch: Batch, at: Array) -> Batch:
+    """The stack with one of its batches replaced, in place."""
+
+    def write(whole, part):
+        whole = jax.lax.dynamic_update_index_in_dim(whole, part, at, 0)
+        sharding = placement.sharding(None, "batch")
+        return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)
+
+    return jtu.tree_map(write, stack, batch)
 
 
-def _digest(batch: Batch) -> str:
+def _named(numbers: np.ndarray) -> Named:
+    return list_rows(numbers), numbers
+
+
+def digest(batch: Batch) -> str:
     """A checksum of shapes and of some rows, spread evenly over all."""
     n = len(batch.x)
     index = np.unique(np.linspace(0, n - 1, min(n, 4096)).astype(np.int64))

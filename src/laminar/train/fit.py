@@ -8,6 +8,7 @@ with the same bits as one that was not.
 
 import dataclasses
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from laminar.flow import Flow
 from laminar.objectives import Batch, nll
 from laminar.preset import Preset
 from laminar.train.blame import find_blame
-from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, static_hash
 from laminar.train.clock import Clock
 from laminar.train.feed import (
     ArrayFeed,
@@ -40,6 +41,7 @@ from laminar.train.feed import (
     Rows,
     Stack,
     StreamFeed,
+    digest,
     place,
     prepare,
     stack_held_out,
@@ -48,6 +50,7 @@ from laminar.train.history import History
 from laminar.train.progress import Progress
 from laminar.train.source import seed_words
 from laminar.train.state import (
+    MOST_STEPS,
     Assessment,
     Info,
     Objective,
@@ -183,7 +186,7 @@ def fit(
         if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint(checkpoint)
         run = _Run(feed, clock, checkpoint, {}, placement, patience)
-        run.settings = _settings(key, recipe, run, held_out, learning_rate, weight_decay)
+        run.settings = _settings(key, flow, recipe, run, held_out, learning_rate, weight_decay)
         state, history = run.start(step_key, flow, recipe, warm_start, resume)
         chunks = None
         if held_out is not None:
@@ -218,9 +221,10 @@ def _check_budget(steps, batch_size, patience, validate_every, time_limit, sched
         ("patience", patience),
         ("validate_every", validate_every),
     ):
-        if value is not None and (value != int(value) or value < 1):
-            raise InputError(f"{name} is {value}; give a whole number from 1 upwards.")
-    if time_limit is not None and not time_limit > 0:
+        # The bound first, as int() refuses what is infinite.
+        if value is not None and not (1 <= value <= MOST_STEPS and value == int(value)):
+            raise InputError(f"{name} is {value}; give a whole number from 1 to {MOST_STEPS:,}.")
+    if time_limit is not None and not 0 < time_limit < math.inf:
         raise InputError(f"time_limit is {time_limit}; give a positive number of seconds.")
     if time_limit is not None and schedule == "cosine":
         raise InputError(
@@ -229,7 +233,7 @@ def _check_budget(steps, batch_size, patience, validate_every, time_limit, sched
         )
 
 
-def _settings(key, recipe: Recipe, run: "_Run", held_out, learning_rate, weight_decay) -> dict:
+def _settings(key, flow, recipe: Recipe, run: "_Run", held_out, rate, weight_decay) -> dict:
     """Whatever decides the numbers of a run: a checkpoint goes on only where all are the same."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return {
@@ -238,15 +242,27 @@ def _settings(key, recipe: Recipe, run: "_Run", held_out, learning_rate, weight_
         "batch_size": run.feed.size,
         "steps": None if run.clock.limit is not None else run.clock.steps,
         "validate_every": run.clock.validate_every,
-        "held_out_rows": 0 if held_out is None else len(held_out.x),
-        "learning_rate": learning_rate,
+        "validation": None if held_out is None else [len(held_out.x), digest(held_out)],
+        "learning_rate": rate,
+        "patience": run.patience,
+        "objective": _name_of(recipe.objective),
         "schedule": recipe.rate.schedule,
         "clip": recipe.clip,
         "weight_decay": weight_decay,
         "ema": recipe.ema,
         "max_rollbacks": recipe.max_rollbacks,
         "devices": run.placement.devices,
+        "the flow's fields that are no arrays": static_hash(flow),
     }
+
+
+def _name_of(objective: Objective) -> str:
+    """An objective as a checkpoint remembers it: a function's name, or a class and its fields."""
+    named = inspect.unwrap(getattr(objective, "func", objective))
+    if not hasattr(named, "__qualname__"):
+        named = type(named)
+    name = f"{named.__module__}.{named.__qualname__}"
+    return f"{name} {static_hash(objective)}" if isinstance(objective, eqx.Module) else name
 
 
 def _make_feed(flow, source, numbers: Any, seed, batch_size: int, placement: Placement):
@@ -349,7 +365,8 @@ class _Run:
             return self.placement.put(init(key, flow, recipe)), History()
         template = init(key, flow, recipe)
         state, history, written = load_checkpoint(self.checkpoint.path, template, self.settings)
-        self.clock.resume(history.seconds, written["clock"])
+        reason = self.clock.resume(history.seconds, written["clock"], history.stop_reason)
+        history.stop_reason = reason
         return self.placement.put(state), history
 
     def loop(
@@ -402,7 +419,7 @@ class _Run:
             since = time.monotonic() - saved_at, done - saved_step
             if self.checkpoint is not None and (reason or self.checkpoint.due(*since)):
                 settings = {**self.settings, "clock": clock.to_dict()}
-                save_checkpoint(self.checkpoint.path, state, books.finish(), settings)
+                save_checkpoint(self.checkpoint.path, state, books.joined(), settings)
                 saved_at, saved_step = time.monotonic(), done
             shown.update(done, elapsed, float(record.loss[count - 1]), books.best())
         return state, books.finish()
@@ -410,15 +427,16 @@ class _Run:
     def _trouble(self, state: TrainState, recipe: Recipe) -> TrainingError:
         """The error that says what went wrong at the last step taken back."""
         failed_at = int(state.failed_at)
-        batch, words = self.feed.inspect(failed_at)
+        batch, named = self.feed.inspect(failed_at)
         key = jr.fold_in(state.key, failed_at)
         blame = find_blame(state.model, batch, key, recipe.objective, recipe.spec)
+        words, rows = ("the whole batch", ()) if blame.rows is None else named(blame.rows)
         return TrainingError(
             f"Training stopped at step {failed_at + 1}: {int(state.rollbacks)} steps were not "
             f"finite, though each was taken back and the learning rate halved. The first part to "
-            f"give a non-finite value is {blame.part}, for "
-            f"{'the whole batch' if blame.rows is None else words(blame.rows)}. Look there for "
-            "values far outside the others, or lower the learning rate."
+            f"give a non-finite value is {blame.part}, for {words}. Look there for values far "
+            "outside the others, or lower the learning rate.",
+            rows,
         )
 
 
@@ -462,11 +480,16 @@ class _Books:
         """The best held-out loss, if there is one."""
         return self.history.best_loss if np.isfinite(self.history.best_loss) else None
 
-    def finish(self) -> History:
+    def joined(self) -> History:
         """The history up to here."""
         history = self.history
         history.loss, history.rate = np.concatenate(self._loss), np.concatenate(self._rate)
         self._loss, self._rate = [history.loss], [history.rate]
+        return history
+
+    def finish(self) -> History:
+        """The history to return: without a best loss, the parameters returned are the last ones."""
+        history = self.joined()
         if not np.isfinite(history.best_loss):
             history.best_step = history.steps
         return history

@@ -12,7 +12,8 @@ padded.
 """
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -270,24 +271,31 @@ def pad_batch(batch: Batch, size: int) -> Batch:
 
 
 class Prefetcher:
-    """Runs ``load(start, count)`` one request ahead in a thread, so at most two results exist."""
+    """Runs ``load(number)`` for consecutive numbers in a thread, ahead of their being asked for."""
 
-    def __init__(self, load: Callable[[int, int], Any]):
+    def __init__(self, load: Callable[[int], Any]):
         self._load = load
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="laminar-source")
-        self._ahead: tuple[tuple[int, int], Future] | None = None
+        self._next = 0
+        self._begun: deque[Future] = deque()
 
-    def get(self, start: int, count: int, following: tuple[int, int] | None) -> Any:
-        """The result for one request, while the following one is begun."""
-        if self._ahead is not None and self._ahead[0] == (start, count):
-            result = self._ahead[1].result()
-        else:
-            result = self._pool.submit(self._load, start, count).result()
-        self._ahead = None
-        if following is not None:
-            self._ahead = (following, self._pool.submit(self._load, *following))
-        return result
+    def get(self, start: int, count: int, following: int) -> Iterator[Any]:
+        """The results of `count` numbers from `start`, while those of the following are begun.
+
+        At most ``count + following`` results exist at a time. What was read ahead serves any later
+        call that goes on where this one ends, of whatever count.
+        """
+        if start != self._next:
+            for future in self._begun:
+                future.cancel()
+            self._begun.clear()
+            self._next = start
+        for number in range(start + len(self._begun), start + count + following):
+            self._begun.append(self._pool.submit(self._load, number))
+        for _ in range(count):
+            self._next += 1
+            yield self._begun.popleft().result()
 
     def close(self) -> None:
-        """End the thread, waiting for the request it is at."""
+        """End the thread, waiting for the number it is at."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -32,6 +32,7 @@ from laminar.objectives import Batch, nll
 Schedule = Literal["cosine", "constant"]
 Objective = Callable[[Any, Batch, PRNGKeyArray], tuple[Array, dict]]
 
+MOST_STEPS = 2**31 - 2  # steps are counted in 32 bits
 _NEVER = 2**31 - 1
 _WARMUP = 100
 
@@ -61,6 +62,8 @@ class Rate(eqx.Module):
             raise InputError(f"learning_rate is {peak}; give a positive number.")
         if schedule == "cosine" and steps is None:
             raise InputError("A cosine schedule needs the number of steps; give steps=.")
+        if steps is not None and not 1 <= steps <= MOST_STEPS:
+            raise InputError(f"steps is {steps}; give a whole number from 1 to {MOST_STEPS:,}.")
         total = _NEVER if steps is None else steps
         if warmup is None:
             warmup = min(_WARMUP, total // 20)
@@ -366,7 +369,8 @@ def validate(
     best, best_loss, best_step = state.best, state.best_loss, state.best_step
 
     def consider(candidate, value):
-        better = value < best_loss
+        # A loss of −inf is a failure too; as the best one it would stay for ever.
+        better = jnp.isfinite(value) & (value < best_loss)
         chosen = jtu.tree_map(lambda c, b: jnp.where(better, c, b), candidate, best)
         return (
             chosen,
