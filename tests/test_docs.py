@@ -15,7 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# The demo takes its time, and `make demo` is there to run it.
+EXAMPLES = [
+    pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name == "demo.py"))
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 
 SKIP = "<!-- not run -->"
 _FENCE = re.compile(
@@ -78,10 +82,11 @@ def run_page(path: Path) -> int:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAMINAR_CACHE_DIR", str(tmp_path / "cache"))
     run_page(page)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_example_runs(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAMINAR_EXAMPLE_STEPS", "20")
