@@ -144,6 +144,25 @@ def test_info_and_data(folder):
     assert "builtin:digits" in laminar("data").stdout
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {"table": "t.csv"},
+        {"table": 3, "flow": [], "rows": "many", "seed": None, "held_out": {"log_density": 1}},
+        {"held_out": {"log_density": None, "error": None}, "gaussian": 2, "precision": 1},
+        {"table": "t.csv", "rows": 90, "gaussian": {"log_density": 1.0, "error": 0.1}},
+    ],
+)
+def test_info_on_models_saved_from_python(folder, tmp_path, meta):
+    io.save(tmp_path / "m", io.load(folder / "m.laminar"), meta)
+    text = laminar("info", tmp_path / "m").stdout
+    assert "parameters" in text
+    assert "height" in text
+    assert ("t.csv" in text) == (meta.get("table") == "t.csv")
+    assert as_json("info", tmp_path / "m")["fit"] == meta
+
+
 def test_check_says_whether_the_mathematics_holds(folder):
     report = as_json("check", folder / "m.laminar", folder / "t.parquet")
     assert report["passed"] is True

@@ -1,16 +1,19 @@
 """The commands that train: fit and compare."""
 
-from typing import TYPE_CHECKING, Annotated
+import os
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from laminar._errors import InputError
 from laminar.cli.common import (
+    FLOWS,
     BatchOption,
     ColumnsOption,
     GivenOption,
     JsonOption,
     NoCacheOption,
+    Precision,
     PrecisionOption,
     RateOption,
     SeedOption,
@@ -25,6 +28,7 @@ from laminar.cli.common import (
     names_of,
     output_file,
     print_table,
+    same_file,
     say,
     with_error,
 )
@@ -43,7 +47,7 @@ def fit(
         str | None, typer.Option("--weights", help="Column of the rows' weights.")
     ] = None,
     flow: Annotated[
-        str, typer.Option("--flow", help="auto, nsf, maf, iaf, realnvp or nice.")
+        str, typer.Option("--flow", help=f"{', '.join(FLOWS[:-1])} or {FLOWS[-1]}.")
     ] = "auto",
     steps: StepsOption = None,
     time_limit: TimeOption = None,
@@ -72,45 +76,70 @@ def fit(
     options = check_training(steps, time_limit, batch_size, learning_rate)
     check_seed(seed)
     check_flow(flow)
-    output_file(out, table)
     checkpoint = checkpoint or f"{out}.ckpt"
-    output_file(checkpoint, table)
+    _check_outputs(table, out, checkpoint)
     rows = _read(table, columns, given, weights)
+    options |= {"given": names_of("--given", given) or (), "weights": weights}
+    options |= {"flow": flow, "seed": seed}
     with jax_session(precision, no_cache):
-        from laminar import io
-        from laminar.tables.flow import fit_table
-        from laminar.train.checkpoint import Checkpoint
-
-        state = Checkpoint(checkpoint, seconds=_CHECKPOINT_SECONDS)
-        if state.files() and not resume:
-            raise InputError(
-                f"A run that was cut left the checkpoint {state.files()[0]}; add --resume to go on "
-                "from it, or delete it."
-            )
-        if resume and not state.files():
-            say(f"note: there is no checkpoint {checkpoint} to resume; training starts anew")
-        options |= {"checkpoint": state, "resume": resume}
-        try:
-            model, report = fit_table(
-                rows,
-                given=names_of("--given", given) or (),
-                weights=weights,
-                flow=flow,
-                seed=seed,
-                notify=lambda note: say(f"note: {note}"),
-                progress=True,
-                **options,
-            )
-        except KeyboardInterrupt:
-            _interrupted(state)
-            raise typer.Exit(130) from None
-        report = {"model": out, "precision": precision, **report}
-        io.save(out, model, {key: value for key, value in report.items() if key != "model"})
-    for file in state.files():
-        file.unlink()
+        report = _fit_and_save(rows, out, checkpoint, resume, precision, options)
     if as_json:
         emit_json(report)
-        return
+    else:
+        _print_fit(table, out, report)
+
+
+def _check_outputs(table: str, out: str, checkpoint: str) -> None:
+    """Refuse files that would overwrite each other: a checkpoint is deleted in the end."""
+    output_file(out, table)
+    output_file(checkpoint, table, option="--checkpoint")
+    if same_file(out, checkpoint):
+        raise InputError(f"--checkpoint {checkpoint} is the same file as --out; choose another.")
+    # Flows that are trained in turn keep a file each beside it.
+    for option, path in (("--out", out), ("TABLE", table)):
+        folder, name = os.path.split(os.path.realpath(path))
+        at, stem = os.path.split(os.path.realpath(checkpoint))
+        if folder == at and name.startswith(f"{stem}.flow-"):
+            raise InputError(
+                f"{option} {path} has a name that --checkpoint {checkpoint} may take; choose "
+                "another."
+            )
+
+
+def _fit_and_save(
+    rows: "Table",
+    out: str,
+    checkpoint: str,
+    resume: bool,
+    precision: Precision,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Train, save the model, and delete the checkpoint; the report of `fit_table` and where."""
+    from laminar import io
+    from laminar.tables.flow import fit_table
+    from laminar.train.checkpoint import Checkpoint
+
+    state = Checkpoint(checkpoint, seconds=_CHECKPOINT_SECONDS)
+    if state.files() and not resume:
+        raise InputError(
+            f"A run that was cut left the checkpoint {state.files()[0]}; add --resume to go on "
+            "from it, or delete it."
+        )
+    if resume and not state.files():
+        say(f"note: there is no checkpoint {checkpoint} to resume; training starts anew")
+    options |= {"checkpoint": state, "resume": resume, "progress": True}
+    try:
+        model, report = fit_table(rows, notify=lambda note: say(f"note: {note}"), **options)
+    except KeyboardInterrupt:
+        _interrupted(state)
+        raise typer.Exit(130) from None
+    io.save(out, model, {"precision": precision, **report})
+    for file in state.files():
+        file.unlink()
+    return {"model": out, "precision": precision, **report}
+
+
+def _print_fit(table: str, out: str, report: dict[str, Any]) -> None:
     kept, all_columns = report["dimensions"], len(report["columns"])
     print(
         f"{report['flow']} fitted to {table}: {report['rows']:,} rows, {kept} of {all_columns} "

@@ -46,15 +46,8 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
         )
         return
     print(f"{model}: written {header.created} by laminar {header.laminar} (JAX {header.jax})")
-    if "table" in meta:
-        print(
-            f"{meta['flow']} fitted to {meta['table']}, {meta['rows']:,} rows, seed "
-            f"{meta['seed']}, {meta['precision']}, {header.size:,} parameters"
-        )
-        print(
-            f"held-out log-density {with_error(meta['held_out'])}, a Gaussian's "
-            f"{with_error(meta['gaussian'])} nats a row"
-        )
+    for line in _history(meta, header.size):
+        print(line)
     lines = [
         (
             column["name"],
@@ -67,6 +60,37 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
         for column in columns
     ]
     print_table("columns", ("name", "role", "kind", "location", "scale", "resolution"), lines)
+
+
+def _history(meta: dict[str, Any], parameters: int) -> list[str]:
+    """How a model was fitted, as far as its file says: a model saved from Python says what it will.
+
+    A report of `fit` has all of it, and a file without any of it gives only the parameters.
+    """
+    parts = []
+    if isinstance(meta.get("table"), str):
+        flow = meta.get("flow")
+        parts.append(f"{flow if isinstance(flow, str) else 'a flow'} fitted to {meta['table']}")
+    if isinstance(meta.get("rows"), int):
+        parts.append(f"{meta['rows']:,} rows")
+    parts += [f"seed {meta['seed']}"] if isinstance(meta.get("seed"), int) else []
+    parts += [meta["precision"]] if isinstance(meta.get("precision"), str) else []
+    lines = [", ".join([*parts, f"{parameters:,} parameters"])]
+    shown = [
+        f"{what} {with_error(meta[name])}"
+        for what, name in (("held-out log-density", "held_out"), ("a Gaussian's", "gaussian"))
+        if _is_score(meta.get(name))
+    ]
+    if shown:
+        lines.append(f"{', '.join(shown)} nats a row")
+    return lines
+
+
+def _is_score(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"log_density", "error"} <= set(value):
+        return False
+    numbers = [value["log_density"], value["error"]]
+    return numbers[0] is None or all(isinstance(number, int | float) for number in numbers)
 
 
 def _column(column: Any, role: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The commands that use a model: score, sample and check."""
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,7 +109,9 @@ def _conditions(flow: "TableFlow", model: str, given: list[str]) -> Any:
     """Name → value, or a table, or None."""
     if not given:
         return None
-    if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
+    if len(given) == 1 and ("=" not in given[0] or os.path.exists(given[0])):
+        if not flow.schema.given:
+            raise InputError(f"{model} takes no condition; sample without --given.")
         return read_for(flow, model, given[0], given=False)
     values: dict[str, float] = {}
     for text in _pairs(given):
