@@ -91,6 +91,12 @@ def _list_table(rows):
     return [*out, ""]
 
 
+def _files_to_download(app, page, source):
+    """Links to files above this folder work in the repository; in the site they are downloads."""
+    source[0] = re.sub(r"\]\((\.\./[^)#]+)\)", r"](path:\1)", source[0])
+
+
 def setup(app):
-    """Install the hook above."""
+    """Install the hooks above."""
+    app.connect("source-read", _files_to_download)
     app.connect("autodoc-process-docstring", _plain_text_to_markup, priority=400)
