@@ -11,10 +11,13 @@ import pytest
 from scipy.stats import multivariate_normal, norm
 
 from laminar import io
-from laminar._errors import InputError, ShapeError
+from laminar._errors import InputError, ShapeError, TrainingError
+from laminar.objectives import Batch
 from laminar.preset import Preset, preset
-from laminar.train import Checkpoint, fit, mixtures, shallow
+from laminar.train import ArraySource, Checkpoint, MappedSource, fit, mixtures, shallow
 from laminar.train.density import _assemble, fit_density
+from laminar.train.search import Found, Plan, load_plan
+from laminar.train.table import make_table
 from laminar.zoo import preset as zoo_preset
 
 
@@ -199,6 +202,7 @@ def test_saves_and_loads_and_standardises_conditions(tmp_path):
     ("data", "options", "error", "words"),
     [
         (np.zeros((20,)), {}, ShapeError, r"rows \(N, D\)"),
+        ("text", {}, InputError, "data must be an array of numbers, and not str"),
         (np.zeros((3, 2)), {}, InputError, "at least 8 rows"),
         (np.zeros((20, 2)), {}, InputError, "column 0 is constant"),
         (np.full((20, 2), np.nan), {}, InputError, "not finite at row 0, column 0"),
@@ -218,6 +222,11 @@ def test_options_that_a_preset_decides_are_refused():
         fit(jr.key(0), QUICK, skewed(20), steps=10)
     with pytest.raises(InputError, match="share of rows to hold out"):
         fit(jr.key(0), QUICK, skewed(20), validation=None)
+    for source in (ArraySource(jnp.asarray(skewed(20))), MappedSource(skewed(20))):
+        with pytest.raises(InputError, match=f"not a source such as {type(source).__name__}"):
+            fit(jr.key(0), QUICK, source)
+    with pytest.raises(InputError, match="put condition and weights into the Batch"):
+        fit(jr.key(0), QUICK, Batch(skewed(20)), weights=np.ones(20))
 
 
 # --- preset ------------------------------------------------------------------------------------
@@ -259,9 +268,97 @@ def test_every_flow_keeps_a_checkpoint_and_resumes(tmp_path, monkeypatch):
         fit_density(jr.key(0), x, preset=chosen, checkpoint=state)
     assert state.files()
     monkeypatch.setattr(module, "save_checkpoint", save)
+    # The search is not repeated.
+    monkeypatch.setattr("laminar.train.density.search", None)
     resumed, _ = fit_density(jr.key(0), x, preset=chosen, checkpoint=state, resume=True)
     assert [file.name for file in state.files()] == [
+        "run.ckpt",
         "run.ckpt.flow-mixture",
         "run.ckpt.flow-normal",
     ]
     np.testing.assert_array_equal(resumed.log_prob(x), whole.log_prob(x))
+    other = dataclasses.replace(chosen, components=(1, 2))
+    for wrong, key, data in ((other, 0, x), (chosen, 1, x), (chosen, 0, x + 1)):
+        with pytest.raises(InputError, match=r"written by a run with other (components|key|data)"):
+            fit_density(jr.key(key), data, preset=wrong, checkpoint=state, resume=True)
+    with pytest.raises(InputError, match="give checkpoint="):
+        fit_density(jr.key(0), x, preset=chosen, resume=True)
+
+
+def test_what_the_clock_cut_is_kept_for_a_resumed_run(tmp_path):
+    found = Found([shallow.Spec("tail")], np.ones(1), [-1.0], -1.0, 7)
+    state = Checkpoint(tmp_path / "run.ckpt")
+    assert load_plan(state, {"key": 1}, 60.0) is None
+    Plan(found, 12.0, 60.0, {"normal": 24.0}).save(state, {"key": 1})
+    again = load_plan(state, {"key": 1}, 60.0)
+    assert again is not None
+    assert again.found == found
+    assert (again.seconds, again.limits) == (12.0, {"normal": 24.0})
+    more = load_plan(state, {"key": 1}, 90.0)
+    assert more is not None
+    assert more.limits == {}
+    # Of another run there is nothing to lose but the search.
+    assert load_plan(state, {"key": 2}, 60.0) is None
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """What `fit_density` hands on to `fit`, which fails for rows 0 and 3."""
+    seen = []
+
+    def failing(key, flow, data, **options):
+        seen.append((data, options))
+        raise TrainingError("It stopped, for rows 0, 3. Look there.", [0, 3])
+
+    monkeypatch.setattr(importlib.import_module("laminar.train.fit"), "fit", failing)
+    return seen
+
+
+def test_steps_that_were_given_hold_under_a_time_limit(fitted):
+    x = skewed(120, 2)
+    own = dataclasses.replace(preset(120, 2), bases=("normal",), components=(1,), folds=1)
+    changed = dataclasses.replace(own, steps=70)
+    for chosen, options in (
+        (own, {}),
+        (own, {"time_limit": 60.0}),
+        (own, {"time_limit": 60.0, "steps": own.steps}),
+        (changed, {"time_limit": 60.0}),
+        (own, {"steps": 30}),
+    ):
+        with pytest.raises(TrainingError):
+            fit_density(jr.key(0), x, preset=chosen, **options)
+    assert [options["steps"] for _, options in fitted] == [own.steps, None, own.steps, 70, 30]
+    assert fitted[0][1]["time_limit"] is None
+    assert 0 < fitted[1][1]["time_limit"] < 60
+
+
+def test_an_error_of_training_names_the_rows_given(fitted):
+    x = skewed(120, 2)
+    weights = np.where(np.arange(120) < 40, 0.0, 1.0)
+    chosen = dataclasses.replace(QUICK, bases=("normal",), components=(1,), folds=1)
+    with pytest.raises(TrainingError, match="for rows ") as caught:
+        fit_density(jr.key(0), x, weights=weights, preset=chosen)
+    table = make_table(jr.split(jr.key(0), 8)[0], x, None, weights, 0.1)
+    expected = sorted(table.rows[table.fit[[0, 3]]].tolist())
+    assert list(caught.value.rows) == expected
+    assert f"for rows {expected[0]}, {expected[1]}." in str(caught.value)
+    assert min(expected) >= 40
+
+
+def test_rows_of_weight_zero_count_as_absent():
+    x, w = skewed(60), np.tile([1.0, 0.0], 30)
+    wild = x.copy()
+    wild[1::2] = np.nan
+    one, _ = fit_density(jr.key(0), x, weights=w, preset=QUICK)
+    two, _ = fit_density(jr.key(0), wild, weights=w, preset=QUICK)
+    np.testing.assert_array_equal(one.log_prob(x), two.log_prob(x))
+    wild[8] = np.inf
+    with pytest.raises(InputError, match="not finite at row 8, column 0"):
+        fit_density(jr.key(0), wild, weights=w, preset=QUICK)
+    with pytest.raises(InputError, match="at least 8 rows of positive weight, not 5"):
+        fit_density(jr.key(0), x, weights=w * (np.arange(60) < 10), preset=QUICK)
+
+
+def test_ties_start_clusters_without_a_warning():
+    x = np.repeat(np.arange(3.0), 20)[:, None]
+    assert mixtures.fit_components(x, 8, 1.0, seed=0).weights.shape == (8,)

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -27,9 +27,8 @@ from laminar.objectives import Batch, nll
 from laminar.preset import preset
 from laminar.train import ArraySource, Checkpoint, History, MappedSource, fit
 from laminar.train import fit as fit_module_function
-from laminar.train.blame import find_blame
+from laminar.train.blame import _finite_rows
 from laminar.train.feed import Placement, prepare, stack_held_out
-from laminar.train.state import training_spec
 
 fit_module = sys.modules[fit_module_function.__module__]
 RNG = np.random.default_rng(0)
@@ -460,29 +459,10 @@ def test_lasting_failure_names_step_part_and_rows():
     assert moved.rows == (1017, 1060)
 
 
-def test_a_failing_embedding_of_a_tree_of_conditions_is_named():
-    class Split(eqx.Module):
-        cond_shape: ClassVar[tuple] = (2,)
-
-        def __call__(self, condition):
-            return {"a": condition[:1], "b": jnp.log(condition[1:])}
-
-    class Both(AbstractDistribution):
-        loc: Array
-        shape: ClassVar[tuple] = ()
-        cond_shape: ClassVar[Any] = {"a": (1,), "b": (1,)}
-
-        def _log_prob(self, x, condition=None, *, key=None):
-            return -((x - self.loc - condition["a"][0] - condition["b"][0]) ** 2)
-
-        def _sample(self, key, batch=(), condition=None):
-            return jr.normal(key, batch)
-
-    flow = Flow(Both(jnp.zeros(())), Affine(shape=()), Split())
-    batch = Batch(np.zeros(4, np.float32), np.float32([[1, 1], [1, -1], [1, 2], [1, -3]]))
-    found = find_blame(flow, batch, jr.key(0), nll, training_spec(flow))
-    assert found.part == "the embedding of the condition"
-    assert found.rows.tolist() == [1, 3]
+def test_rows_are_looked_for_in_every_array_of_a_tree():
+    tree = {"a": jnp.ones((2, 4)).at[1, 1].set(jnp.nan), "b": (jnp.asarray([1, 2, 3, 4]), None)}
+    assert _finite_rows(tree, 4).tolist() == [True, False, True, True]
+    assert _finite_rows(None, 4).all()
 
 
 def test_patience_does_not_depend_on_saves(tmp_path):

@@ -10,7 +10,7 @@ weights: neither a network on a few hundred rows nor a mixture on a hundred thou
 
 import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from laminar._errors import InputError, ShapeError
+from laminar._errors import InputError, TrainingError
 from laminar._files import PathLike
 from laminar._params import Frozen, positive_inverse
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
@@ -26,7 +26,7 @@ from laminar.bijections.base import AbstractTransform
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.linear import Triangular
 from laminar.bijections.quantile import QuantileMap
-from laminar.conditional import ConditionalMixture, Standardise
+from laminar.conditional import ConditionalMixture
 from laminar.density import AbstractDistribution
 from laminar.distributions import Normal, StudentT
 from laminar.flow import Flow
@@ -37,11 +37,11 @@ from laminar.preset import preset as make_preset
 from laminar.train import mixtures, shallow
 from laminar.train.checkpoint import Checkpoint
 from laminar.train.history import History
+from laminar.train.search import MOST_REFIT, Found, Plan, load_plan, search, settings_of
+from laminar.train.source import ArraySource, MappedSource
+from laminar.train.table import Table, host_seed, make_table
 
-_MOST_SEARCH = 4_000  # rows that candidates are compared on: ranks are stable from there on
-_MOST_REFIT = 20_000
 _NOTICED = 0.1
-_MOST_HELD_OUT = 20_000
 
 
 @dataclasses.dataclass
@@ -56,6 +56,7 @@ class DensityHistory:
         best_loss: Minus the mean held-out log-density of the whole, in standardised units.
         seconds: Wall-clock time in all.
         stop_reason: ``"steps"`` or ``"time limit"``.
+        found: The mixtures that the search kept, for `refit`; not part of `to_dict`.
     """
 
     candidates: list[str] = dataclasses.field(default_factory=list)
@@ -65,6 +66,7 @@ class DensityHistory:
     best_loss: float = float("nan")
     seconds: float = 0.0
     stop_reason: str = "steps"
+    found: Found | None = dataclasses.field(default=None, repr=False)
 
     @property
     def steps(self) -> int:
@@ -73,40 +75,10 @@ class DensityHistory:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as lists and numbers that JSON can hold."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        names = [f.name for f in dataclasses.fields(self) if f.name != "found"]
+        fields = {name: getattr(self, name) for name in names}
         fields["flows"] = {name: history.to_dict() for name, history in self.flows.items()}
         return {"steps": self.steps, **fields}
-
-
-@dataclasses.dataclass
-class _Table:
-    """Standardised rows on the host, and how to go back."""
-
-    x: np.ndarray
-    condition: np.ndarray | None
-    weights: np.ndarray | None
-    loc: np.ndarray
-    scale: np.ndarray
-    fit: np.ndarray
-    held: np.ndarray
-    embed: Standardise | None = None
-
-    @property
-    def given(self) -> int:
-        """Columns of the condition."""
-        return 0 if self.condition is None else self.condition.shape[1]
-
-    @property
-    def joint(self) -> np.ndarray:
-        """Conditions and rows side by side."""
-        if self.condition is None:
-            return self.x
-        return np.concatenate([self.condition, self.x], axis=1)
-
-    def at(self, name: str, rows: np.ndarray) -> Any:
-        """Some rows of a field that may be absent."""
-        array = getattr(self, name)
-        return None if array is None else array[rows]
 
 
 def fit_density(
@@ -116,6 +88,7 @@ def fit_density(
     condition: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     preset: Preset | None = None,
+    steps: int | None = None,
     validation: float = 0.1,
     time_limit: float | None = None,
     checkpoint: PathLike | Checkpoint | None = None,
@@ -129,15 +102,19 @@ def fit_density(
         data: Rows (N, D), in any units. Columns must vary, and should have few ties: a continuous
             density of ties is unbounded.
         condition: Conditions (N, C), or None.
-        weights: Non-negative sample weights (N,), or None.
+        weights: Non-negative sample weights (N,), or None. Rows of weight zero count as absent.
         preset: Sizes, by default `laminar.zoo.preset` for this table.
+        steps: Steps for each flow, in place of the preset's. With a time limit training ends at
+            whichever comes first. The steps that `laminar.zoo.preset` chose itself are a default
+            for runs without a time limit, and do not end one that has it.
         validation: Share of the rows held out while flows are trained. Mixtures are fitted to all
             rows in the end.
         time_limit: Seconds in all, roughly; what is not tried by then is left out.
-        checkpoint: A file for the state of training, as in `fit`; each flow keeps a file of its own
-            beside it (`Checkpoint.files` lists them).
-        resume: Go on from these files where they exist. The search for mixtures is done anew; it
-            has the same result for the same key.
+        checkpoint: Where the state of training is kept, as in `fit`: this file holds what the
+            search for mixtures found, and each flow keeps a file of its own beside it
+            (`Checkpoint.files` lists them). Nothing is kept where no flow is trained.
+        resume: Go on from these files where they exist; the seconds of the earlier run count. Under
+            a greater time limit flows that had used up theirs go on; the search is not repeated.
         progress: Show the training of flows; None shows it on a terminal only.
 
     Returns:
@@ -145,27 +122,72 @@ def fit_density(
 
     Raises:
         ShapeError: If data is not (N, D) or another array has other rows.
-        InputError: If values are not finite, a column is constant or there are fewer than 8 rows.
+        InputError: If values are not finite, a column is constant, there are fewer than 8 rows or
+            the checkpoint does not fit.
+        TrainingError: If the training of a flow stays non-finite; its `rows` are those of `data`.
 
     References:
         Smyth & Wolpert (1999), "Linearly combining density estimators via stacking".
     """
     start = time.monotonic()
     split_key, shallow_key, *flow_keys = jr.split(key, 8)
-    table = _prepare(split_key, data, condition, weights, validation)
-    rows, columns = table.x.shape
-    chosen = preset or make_preset(rows, columns, table.given)
-    clock = _Clock(start, time_limit)
-    history = DensityHistory()
-    found = _search(table, chosen, _seed(shallow_key), clock)
+    table = make_table(split_key, data, condition, weights, validation)
+    own = make_preset(len(np.asarray(data)), table.x.shape[1], table.given)
+    chosen = preset or own
+    budget = chosen.steps if steps is None else steps
+    if time_limit is not None and steps is None and chosen.steps == own.steps:
+        budget = None
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    options = {"checkpoint": checkpoint, "resume": resume, "progress": progress}
-    parts = _train(flow_keys, table, chosen, found, clock, history, options)
-    dist = _combine(table, found, parts, history)
-    history.seconds = time.monotonic() - start
+    if resume and checkpoint is None:
+        raise InputError("resume needs the file to resume from; give checkpoint=.")
+    if not chosen.bases:
+        checkpoint = None
+    clock = _Clock(start, time_limit)
+    settings = settings_of(key, table, chosen)
+    plan = load_plan(checkpoint, settings, time_limit) if checkpoint and resume else None
+    if plan is None:
+        share = 0.4 if chosen.bases else 0.8
+        found = search(table, chosen, host_seed(shallow_key), lambda: clock.spent(share))
+        plan = Plan(found, clock.elapsed(), time_limit)
+    else:
+        clock.before = plan.seconds
+    history = DensityHistory()
+
+    def save() -> None:
+        if checkpoint is not None:
+            plan.save(checkpoint, settings)
+
+    options = {"steps": budget, "checkpoint": checkpoint, "progress": progress, "resume": resume}
+    parts = _train(flow_keys, table, chosen, plan, clock, history, save, options)
+    dist = _combine(table, plan.found, parts, history)
+    history.found = plan.found
+    history.seconds = clock.elapsed()
     history.stop_reason = "time limit" if clock.spent() else "steps"
     return dist, history
+
+
+def refit(
+    history: DensityHistory,
+    data: ArrayLike,
+    *,
+    condition: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Flow:
+    """Fit what `fit_density` found again, to other rows, without the search and without flows.
+
+    For rows that were kept from the search, to score its result, and are to count in the end.
+
+    Args:
+        history: What `fit_density` returned; flows in it are left out.
+        data: Rows, as there.
+        condition: Conditions, as there.
+        weights: Weights, as there.
+    """
+    if history.found is None:
+        raise InputError("refit takes the history that fit_density returned.")
+    table = make_table(jr.key(history.found.seed), data, condition, weights, 0.1)
+    return _combine(table, history.found, [], DensityHistory())
 
 
 def fit_preset(
@@ -204,10 +226,17 @@ def fit_preset(
             f"fit: {name} means nothing with a preset, which decides it; change the preset with "
             "dataclasses.replace, or give a flow."
         )
+    if isinstance(data, Batch):
+        if condition is not None or weights is not None:
+            raise InputError("fit: put condition and weights into the Batch that is given as data.")
+        data, condition, weights = data
+    elif isinstance(data, ArraySource | MappedSource) or hasattr(data, "batch"):
+        raise InputError(
+            f"fit: with a preset, data must be an array of rows or a Batch, and not a source such "
+            f"as {type(data).__name__}; give a flow to train from a source."
+        )
     if not isinstance(validation, float):
         raise InputError("fit: with a preset, validation must be the share of rows to hold out.")
-    if isinstance(data, Batch):
-        data, condition, weights = data
     return fit_density(
         key,
         data,
@@ -224,133 +253,29 @@ def fit_preset(
 
 @dataclasses.dataclass
 class _Clock:
+    """Counts the seconds of this run, and those of an earlier one that need not be spent again."""
+
     start: float
     limit: float | None
+    before: float = 0.0
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return self.before + time.monotonic() - self.start
 
     def left(self) -> float | None:
         """Seconds left, or None without a limit."""
-        return None if self.limit is None else self.limit - (time.monotonic() - self.start)
+        return None if self.limit is None else self.limit - self.elapsed()
 
     def spent(self, share: float = 1.0) -> bool:
         """Whether this share of the time has passed."""
-        return self.limit is not None and time.monotonic() - self.start > share * self.limit
-
-
-def _prepare(key, data, condition, weights, validation) -> _Table:
-    x = np.asarray(data, np.float64)
-    if x.ndim != 2 or x.shape[1] < 1:
-        raise ShapeError(f"fit_density: data must be rows (N, D), and has shape {x.shape}.")
-    if len(x) < 8:
-        raise InputError(f"fit_density needs at least 8 rows, not {len(x)}.")
-    if not 0 < validation < 1:
-        raise InputError(f"fit_density: validation is {validation}; give a share between 0 and 1.")
-    w = _check_weights(weights, len(x))
-    c = None if condition is None else np.asarray(condition, np.float64)
-    if c is not None and (c.ndim != 2 or len(c) != len(x)):
-        raise ShapeError(
-            f"fit_density: condition must be (N, C) with {len(x)} rows, and has shape {c.shape}."
-        )
-    for what, array in (("data", x), ("condition", c)):
-        if array is not None and not np.isfinite(array).all():
-            row, column = np.argwhere(~np.isfinite(array))[0]
-            raise InputError(f"fit_density: {what} is not finite at row {row}, column {column}.")
-    constant = np.flatnonzero(x.min(0) == x.max(0))
-    if len(constant):
-        raise InputError(
-            f"fit_density: column {constant[0]} is constant, so it has no density; drop it."
-        )
-    order = np.random.default_rng(_seed(key)).permutation(len(x))
-    held = min(max(round(validation * len(x)), 2), _MOST_HELD_OUT)
-    loc, scale = np.average(x, 0, w), x.std(0)
-    table = _Table((x - loc) / scale, None, w, loc, scale, order[held:], order[:held])
-    if c is not None:
-        middle, spread = c.mean(0), c.std(0)
-        spread = np.where(spread > 0, spread, 1.0)
-        table.condition = (c - middle) / spread
-        arrays = (Frozen(jnp.asarray(v, _dtype())) for v in (middle, spread))
-        table.embed = Standardise(*arrays, in_shape=(c.shape[1],))
-    return table
-
-
-def _check_weights(weights, rows: int) -> np.ndarray | None:
-    if weights is None:
-        return None
-    w = np.asarray(weights, np.float64)
-    if w.shape != (rows,):
-        raise ShapeError(f"fit_density: weights must be ({rows},), and have shape {w.shape}.")
-    if not (np.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
-        raise InputError("fit_density: weights must be finite and non-negative, not all zero.")
-    return w
-
-
-def _seed(key: PRNGKeyArray) -> int:
-    return int(jr.bits(key, (), jnp.uint32)) % 2**31
-
-
-# --- candidates without gradients --------------------------------------------------------------
-
-
-class _Found(NamedTuple):
-    """Mixtures kept by the search: their weights, the score of each and of all, and the seed."""
-
-    specs: list[shallow.Spec]
-    shares: np.ndarray
-    scores: list[float]
-    score: float
-    seed: int
-
-    def fit(self, table: _Table, rows: np.ndarray) -> shallow.Shallow:
-        """Fit them again to some of the rows."""
-        rows = rows[:_MOST_REFIT]
-        return shallow.refit(
-            self.specs,
-            self.shares,
-            table.joint[rows],
-            table.at("weights", rows),
-            seed=self.seed,
-            given=table.given,
-        )
-
-
-def _search(table: _Table, chosen: Preset, seed: int, clock: _Clock) -> _Found:
-    """Compare the candidates that need no gradient and keep the best."""
-    folds = _folds(table, chosen.folds, seed)
-    joint = table.joint
-    widths = () if table.given else chosen.kernel_widths
-    paths = shallow.candidates(joint.shape[1], chosen.components, widths, chosen.priors)
-    specs, logs, held = shallow.search(
-        joint,
-        table.weights,
-        folds,
-        paths,
-        seed=seed,
-        given=table.given,
-        out_of_time=lambda: clock.spent(0.4 if chosen.bases else 0.8),
-    )
-    w = table.at("weights", held)
-    keep, shares = shallow.prune(specs, logs, w, chosen.parts)
-    means = [float(np.average(logs[:, i], weights=w)) for i in keep]
-    whole = mixtures.log_sum(logs[:, keep] + np.log(shares))
-    return _Found(
-        [specs[i] for i in keep], shares, means, float(np.average(whole, weights=w)), seed
-    )
-
-
-def _folds(table: _Table, count: int, seed: int):
-    if count < 2:
-        return [(table.fit[:_MOST_SEARCH], table.held[:_MOST_SEARCH])]
-    order = np.random.default_rng(seed).permutation(len(table.x))
-    parts = np.array_split(order, count)
-    return [
-        (np.concatenate([p for j, p in enumerate(parts) if j != i]), part)
-        for i, part in enumerate(parts)
-    ]
+        return self.limit is not None and self.elapsed() > share * self.limit
 
 
 # --- neural flows ------------------------------------------------------------------------------
 
 
-def _train(keys, table, chosen, found, clock, history, options):
+def _train(keys, table, chosen, plan, clock, history, save, options):
     """Flows over each base, as (name, distribution of standardised rows, held-out log-density)."""
     if not chosen.bases:
         return []
@@ -359,15 +284,19 @@ def _train(keys, table, chosen, found, clock, history, options):
     quantiles = _quantile_map(knots)
     done = []
     for i, (kind, key) in enumerate(zip(chosen.bases, keys, strict=False)):
-        if clock.spent(0.9):
-            break
         left = clock.left()
-        share = None if left is None else max(left / (len(chosen.bases) - i), 1.0)
-        base = _base(kind, found, latent, table)
-        own = dict(options)
+        if left is not None and kind not in plan.limits:
+            if clock.spent(0.9):
+                break
+            plan.limits[kind] = max(left / (len(chosen.bases) - i), 1.0)
+        save()
+        base = _base(kind, plan.found, latent, table)
+        own = options | {"time_limit": plan.limits.get(kind)}
         if own["checkpoint"] is not None:
             own["checkpoint"] = own["checkpoint"].part(kind)
-        flow, record = _train_one(key, base, latent, table, chosen, share, own)
+        began = clock.elapsed()
+        flow, record = _train_one(key, base, latent, table, chosen, own)
+        clock.before += max(record.seconds - (clock.elapsed() - began), 0.0)
         name = f"flow over {kind}"
         history.flows[name] = record
         log_p = _host_log_prob(flow, latent[table.held], table.at("condition", table.held))
@@ -384,7 +313,7 @@ def _base(kind, found, latent, table) -> AbstractDistribution:
         (w, s) for w, s in zip(found.shares, found.specs, strict=True) if s.kind == "marginal"
     ]
     spec = max(behind)[1] if behind else shallow.Spec("marginal", 4, dim / 2 + 1)
-    rows = table.fit[:_MOST_REFIT]
+    rows = table.fit[:MOST_REFIT]
     both = latent if table.given == 0 else np.concatenate([table.condition, latent], axis=1)
     components = mixtures.fit_components(
         both[rows],
@@ -396,7 +325,7 @@ def _base(kind, found, latent, table) -> AbstractDistribution:
     return _gaussian_mixture(components, table.given)
 
 
-def _train_one(key, base, latent, table, chosen, seconds, options):
+def _train_one(key, base, latent, table, chosen, options):
     from laminar.train.fit import fit
     from laminar.zoo import nsf
 
@@ -420,20 +349,21 @@ def _train_one(key, base, latent, table, chosen, seconds, options):
             _array(table.at("weights", rows), flow.dtype),
         )
 
-    return fit(
-        fit_key,
-        flow,
-        batch(table.fit),
-        validation=batch(table.held),
-        steps=chosen.steps if seconds is None else None,
-        batch_size=min(chosen.batch_size, len(table.fit)),
-        learning_rate=chosen.learning_rate,
-        weight_decay=chosen.weight_decay,
-        ema=chosen.ema,
-        patience=chosen.patience,
-        time_limit=seconds,
-        **options,
-    )
+    try:
+        return fit(
+            fit_key,
+            flow,
+            batch(table.fit),
+            validation=batch(table.held),
+            batch_size=min(chosen.batch_size, len(table.fit)),
+            learning_rate=chosen.learning_rate,
+            weight_decay=chosen.weight_decay,
+            ema=chosen.ema,
+            patience=chosen.patience,
+            **options,
+        )
+    except TrainingError as error:
+        raise error.renumbered(table.rows[table.fit]) from error
 
 
 def _array(value, dtype) -> Array | None:
@@ -449,7 +379,7 @@ def _host_log_prob(flow, x, condition) -> np.ndarray:
 # --- putting it together -----------------------------------------------------------------------
 
 
-def _combine(table: _Table, found: _Found, parts, history: DensityHistory) -> Flow:
+def _combine(table: Table, found: Found, parts, history: DensityHistory) -> Flow:
     """Weigh everything on the held-out rows, fit the mixtures again to all rows, and assemble."""
     names, dists, logs = ([part[i] for part in parts] for i in range(3))
     w = table.at("weights", table.held)

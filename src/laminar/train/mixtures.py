@@ -11,6 +11,7 @@ Raftery 2007). A kernel density is the same family at its other end, one compone
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -119,12 +120,16 @@ def fit_components(
 
 def _clusters(x, count, w, seed):
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     spread = x.std(0)
     few = x if len(x) <= 5000 else x[np.random.default_rng(seed).choice(len(x), 5000, False)]
     w = w if len(x) <= 5000 else None
     means = KMeans(count, n_init="auto", max_iter=20, random_state=seed)
-    return means.fit(few / spread, sample_weight=w).predict(x / spread)
+    with warnings.catch_warnings():
+        # It warns where there are fewer distinct rows than clusters, which a start may well have.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return means.fit(few / spread, sample_weight=w).predict(x / spread)
 
 
 def _maximise(x, r, prior, prior_rows) -> Components:
