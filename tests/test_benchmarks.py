@@ -1,0 +1,88 @@
+"""What the benchmarks share: results are kept, and what is missing takes one sentence."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    yield __import__("_common")
+    for name in ("_common", "_continuous", "defaults"):
+        sys.modules.pop(name, None)
+
+
+def options(**given):
+    return argparse.Namespace(**{"resume": False, "restart": False, **given})
+
+
+def test_a_half_written_line_is_skipped_and_ended(common, tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    assert common.read_lines(path) == [{"a": 1}]
+    assert "line 2" in capsys.readouterr().out
+    common.end_last_line(path)
+    with path.open("a") as file:
+        file.write('{"a": 3}\n')
+    assert common.read_lines(path) == [{"a": 1}, {"a": 3}]
+    common.end_last_line(tmp_path / "new.jsonl")
+    assert (tmp_path / "new.jsonl").read_bytes() == b""
+
+
+def test_results_are_replaced_on_request_only(common, tmp_path):
+    path = tmp_path / "results.jsonl"
+    common.guard([path], options())
+    path.write_text("{}\n")
+    with pytest.raises(SystemExit, match="--resume"):
+        common.guard([path], options())
+    common.guard([path], options(resume=True))
+    assert path.exists()
+    common.guard([path], options(restart=True))
+    assert not path.exists()
+
+
+def test_other_options_are_refused(common, tmp_path):
+    common.refuse_change(tmp_path, {"width": 3, "more": 1}, {"width": 3})
+    with pytest.raises(SystemExit, match="--em-rows 3, not 4"):
+        common.refuse_change(tmp_path, {"em_rows": 3}, {"em_rows": 4})
+
+
+def test_absent_data_take_one_sentence(common, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LAMINAR_DATA", raising=False)
+    with pytest.raises(SystemExit, match="set LAMINAR_DATA"):
+        common.Arrays("a.npz")
+    with pytest.raises(SystemExit) as caught:
+        common.Arrays("a.npz", optional=True)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("Skipped: ")
+
+    monkeypatch.setenv("LAMINAR_DATA", str(tmp_path))
+    np.savez(tmp_path / "a.npz", x=np.arange(3))
+    assert common.Arrays("a.npz")["x"].tolist() == [0, 1, 2]
+    with pytest.raises(SystemExit, match="no array 'y'"):
+        common.Arrays("a.npz")["y"]
+    (tmp_path / "a.npz").write_bytes(b"no archive")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        common.Arrays("a.npz")["x"]
+
+
+def test_the_paired_error_is_the_stricter(common, monkeypatch, capsys):
+    defaults = __import__("defaults")
+    hard = np.linspace(-5, 5, 100)
+    best = [{"log_density": list(hard)}]
+    mine = [{"log_density": list(hard - 0.1)}]
+    gap, error = defaults._paired(best, mine)
+    assert gap == pytest.approx(0.1)
+    assert error < 1e-9
+    assert defaults._verdict("kde", gap, defaults._pooled(best)[1]) == "within"
+    assert defaults._verdict("kde", gap, error) == "behind"
+
+    monkeypatch.setitem(defaults.RIVALS, "flowjax", "a_package_that_is_not_there")
+    assert defaults._installed(("kde", "flowjax")) == ["kde"]
+    assert "flowjax is left out" in capsys.readouterr().out
