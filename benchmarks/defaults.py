@@ -158,12 +158,11 @@ def _installed(methods):
     return [m for m in methods if m not in absent]
 
 
-def run(args, done):
+def run(args, rows, done):
     """Fill in what is missing, one line of the file per cell and method, within the budget."""
     import jax
 
     start = time.monotonic()
-    rows = {name: _continuous.load(name, args.optional) for name in args.tables}
     methods = _installed(args.methods)
     _common.end_last_line(args.out)
     with args.out.open("a") as file:
@@ -314,11 +313,14 @@ def main():
     parser.add_argument("--most-rows", type=int, default=10_000)
     parser.add_argument("--most-test", type=int, default=5_000)
     args = parser.parse_args()
+    # Read before anything is replaced: the data may be missing.
+    wanted = args.tables if args.budget > 0 else ()
+    rows = {name: _continuous.load(name, args.optional) for name in wanted}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     _common.guard([args.out], args)
     done = _read(args)
-    if args.budget > 0:
-        run(args, done)
+    if rows:
+        run(args, rows, done)
     report(args, done)
 
 
