@@ -1,9 +1,11 @@
 """The conditional of a joint mixture, against the joint law and its marginal."""
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from laminar._errors import InputError, ShapeError
 from laminar.conditional import ConditionalMixture
@@ -48,9 +50,17 @@ def test_bad_input():
     weights, means, covariances = parameters()
     with pytest.raises(ShapeError, match="cond_dim must lie between 1 and 3"):
         ConditionalMixture(weights, means, covariances, cond_dim=4)
-    with pytest.raises(ShapeError, match=r"must be \(K,\)"):
+    with pytest.raises(ShapeError, match="weights have shape"):
         ConditionalMixture(weights[:2], means, covariances, cond_dim=1)
     with pytest.raises(InputError, match="positive definite"):
         ConditionalMixture(weights, means, -covariances, cond_dim=1)
     with pytest.raises(InputError, match="non-negative"):
         ConditionalMixture(-weights, means, covariances, cond_dim=1)
+
+
+def test_integers_zero_weights_and_far_conditions_are_taken():
+    joint = ConditionalMixture([1, 0], [[0, 0], [3, 3]], np.stack([np.eye(2)] * 2), cond_dim=1)
+    assert joint.dtype == jnp.float32
+    want = norm.logpdf(0.1)
+    np.testing.assert_allclose(joint.log_prob(jnp.array([0.1]), jnp.array([0.2])), want, rtol=1e-4)
+    assert jnp.isfinite(joint.log_prob(jnp.array([0.1]), jnp.array([1e20])))

@@ -12,6 +12,7 @@ from laminar.bijections.base import Identity
 from laminar.distributions import ConditionalNormal, MultivariateNormal, Normal
 from laminar.flow import Flow
 from laminar.objectives import Batch, nll, reverse_kl
+from laminar.zoo import nsf
 
 RNG = np.random.default_rng(0)
 
@@ -118,3 +119,20 @@ def test_errors_say_both_shapes(batch, error, match):
     if batch.condition is not None:
         with pytest.raises(ShapeError, match=r"\(4,\), its condition \(3,\)"):
             nll(conditional(), Batch(np.zeros((4, 2)), np.zeros((3, 2))))
+
+
+def test_padding_reaches_no_gradient():
+    flow = nsf(2, key=jr.key(0), layers=1, width=8, cond_dim=1)
+    x = jnp.array([[0.3, 1.0], [jnp.nan, 0.3]])
+    batch = Batch(x, jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
+    got = eqx.filter_grad(lambda flow: nll(flow, batch, jr.key(1))[0])(flow)
+    only = Batch(x[:1], jnp.array([[1.0]]), jnp.array([1.0]))
+    want = eqx.filter_grad(lambda flow: nll(flow, only, jr.key(1))[0])(flow)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_reverse_kl_refuses_conditions():
+    flow = nsf(2, key=jr.key(0), layers=1, width=8, cond_dim=1)
+    with pytest.raises(InputError, match="takes a condition"):
+        reverse_kl(lambda x: -(x**2).sum())(flow, None, jr.key(1))

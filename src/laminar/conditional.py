@@ -11,12 +11,18 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from laminar._errors import InputError, ShapeError
+from laminar._errors import ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, ArrayLike, Shape
 from laminar.density import AbstractDistribution
-
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+from laminar.mixtures import (
+    HALF_LOG_TWO_PI,
+    assemble_factors,
+    float_dtype,
+    inverse_factors,
+    log_weights,
+    product,
+)
 
 
 class ConditionalMixture(AbstractDistribution):
@@ -49,29 +55,19 @@ class ConditionalMixture(AbstractDistribution):
     def __init__(
         self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike, *, cond_dim: int
     ):
-        dtype = jnp.asarray(means).dtype
-        weights, means = np.asarray(weights, np.float64), np.asarray(means, np.float64)
-        covariances = np.asarray(covariances, np.float64)
-        count, dim = means.shape if means.ndim == 2 else (0, 0)
-        if weights.shape != (count,) or covariances.shape != (count, dim, dim):
+        dtype = float_dtype(means)
+        means = np.asarray(means, np.float64)
+        if means.ndim != 2:
             raise ShapeError(
-                f"ConditionalMixture: weights {weights.shape}, means {means.shape} and covariances "
-                f"{covariances.shape} must be (K,), (K, C + D) and (K, C + D, C + D)."
+                f"ConditionalMixture: means must be (K, C + D), and have shape {means.shape}."
             )
+        count, dim = means.shape
         if not 0 < cond_dim < dim:
             raise ShapeError(
                 f"ConditionalMixture: cond_dim must lie between 1 and {dim - 1}, not {cond_dim}."
             )
-        if not ((weights >= 0).all() and weights.sum() > 0):
-            raise InputError("ConditionalMixture: weights must be non-negative, not all zero.")
-        try:
-            factors = np.tril(np.linalg.inv(np.linalg.cholesky(covariances)))
-        except np.linalg.LinAlgError as error:
-            raise InputError(
-                "ConditionalMixture: every covariance must be positive definite."
-            ) from error
-        with np.errstate(divide="ignore"):
-            self.logits = jnp.asarray(np.log(weights / weights.sum()), dtype)
+        factors = inverse_factors("ConditionalMixture", covariances, count, dim)
+        self.logits = jnp.asarray(log_weights("ConditionalMixture", weights, count), dtype)
         self.means = jnp.asarray(means, dtype)
         self.log_diagonal = jnp.asarray(np.log(np.diagonal(factors, axis1=1, axis2=2)), dtype)
         self.lower = jnp.asarray(np.tril(factors, -1), dtype)
@@ -82,10 +78,7 @@ class ConditionalMixture(AbstractDistribution):
         return self.logits.size * (self.means.shape[1] + 4)
 
     def _factors(self) -> Array:
-        dim = self.means.shape[1]
-        identity = jnp.eye(dim, dtype=self.means.dtype)
-        diagonal = jnp.exp(self.log_diagonal)[:, :, None] * identity[None]
-        return jnp.tril(self.lower, -1) + diagonal
+        return assemble_factors(self.lower, self.log_diagonal)
 
     def _cond_terms(self, condition: Array) -> Array:
         """``ln π_k N_k(c)`` up to a constant, ``(K, rows)``."""
@@ -93,9 +86,12 @@ class ConditionalMixture(AbstractDistribution):
 
         def component(_, part):
             factor, mean, height = part
-            z = factor[:size, :size] @ (condition - mean[:size, None])
+            z = product(factor[:size, :size], condition - mean[:size, None])
             return None, height - 0.5 * (z * z).sum(0)
 
+        # Held within the range whose square is finite: far outside the nearest component decides.
+        limit = 1e-2 * float(jnp.finfo(condition.dtype).max) ** 0.5
+        condition = jnp.clip(condition, -limit, limit)
         heights = jax.nn.log_softmax(self.logits) + self.log_diagonal[:, :size].sum(1)
         return lax.scan(component, None, (self._factors(), self.means, heights))[1]
 
@@ -108,12 +104,12 @@ class ConditionalMixture(AbstractDistribution):
 
         def component(_, part):
             factor, mean, height = part
-            z = factor[size:] @ (both - mean[:, None])
+            z = product(factor[size:], both - mean[:, None])
             return None, height - 0.5 * (z * z).sum(0)
 
         _, terms = lax.scan(component, None, (self._factors(), self.means, heights))
         shares = jax.nn.log_softmax(self._cond_terms(c), axis=0)
-        log_p = jax.nn.logsumexp(terms + shares, axis=0) - self.shape[0] * _HALF_LOG_TWO_PI
+        log_p = jax.nn.logsumexp(terms + shares, axis=0) - self.shape[0] * HALF_LOG_TWO_PI
         return log_p.reshape(batch)
 
     def _sample(self, key, batch=(), condition=None):
@@ -124,12 +120,17 @@ class ConditionalMixture(AbstractDistribution):
         noise = jr.normal(noise_key, (self.shape[0], rows), self.means.dtype)
 
         def component(x, part):
-            k, factor, mean = part
-            rest = noise - factor[size:, :size] @ (c - mean[:size, None])
-            drawn = mean[size:, None] + solve_triangular(factor[size:, size:], rest, lower=True)
+            k, root, factor, mean = part
+            rest = noise - product(factor[size:, :size], c - mean[:size, None])
+            drawn = mean[size:, None] + product(root, rest)
             return jnp.where((choice == k)[None, :], drawn, x), None
 
-        parts = (jnp.arange(self.logits.size), self._factors(), self.means)
+        factors = self._factors()
+        identity = jnp.eye(self.shape[0], dtype=noise.dtype)
+        # Inverting K small factors once is far cheaper than K triangular solves of all rows.
+        roots = jax.vmap(lambda w: solve_triangular(w[size:, size:], identity, lower=True))(factors)
+        numbers = jnp.arange(self.logits.size, dtype=choice.dtype)
+        parts = (numbers, roots, factors, self.means)
         x, _ = lax.scan(component, jnp.zeros_like(noise), parts)
         return x.reshape(self.shape + batch)
 

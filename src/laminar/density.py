@@ -25,7 +25,7 @@ _MOST_ROWS = 2**16
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo mean and its standard error."""
+    """A Monte Carlo mean and its standard error, which is NaN for a single draw."""
 
     value: Array
     error: Array
@@ -102,7 +102,8 @@ class AbstractDistribution(eqx.Module):
     def dtype(self) -> jnp.dtype:
         """The floating-point dtype of the parameters, to which inputs are cast."""
         for leaf in jtu.tree_leaves(self):
-            if eqx.is_inexact_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+            array = eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+            if array and jnp.issubdtype(leaf.dtype, jnp.inexact):
                 return leaf.dtype
         return jnp.result_type(float)
 
@@ -297,7 +298,9 @@ def apply_net(net: Callable, x: PyTree, shapes: PyTree) -> Array:
 
 def _mean(values: Array) -> Estimate:
     n = values.shape[0]
-    return Estimate(values.mean(0), values.std(0, ddof=min(1, n - 1)) / math.sqrt(n))
+    if n < 2:
+        return Estimate(values.mean(0), jnp.full_like(values[0], jnp.nan))
+    return Estimate(values.mean(0), values.std(0, ddof=1) / math.sqrt(n))
 
 
 def freeze_shapes(shapes: PyTree) -> tuple:

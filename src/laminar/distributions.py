@@ -254,9 +254,7 @@ class MultivariateNormal(AbstractDistribution):
                 f"MultivariateNormal: covariance has shape {np.shape(covariance)}, but loc of "
                 f"shape {shape} needs {(dim, dim)}."
             )
-        factor = jnp.linalg.cholesky(jnp.asarray(covariance, self.loc.dtype))
-        if not isinstance(factor, Tracer) and not bool(jnp.isfinite(factor).all()):
-            raise InputError("MultivariateNormal: the covariance is not positive definite.")
+        factor = _cholesky(covariance, self.loc.dtype)
         self.log_diagonal = jnp.log(jnp.diagonal(factor))
         self.lower = jnp.tril(factor, -1)
         self.shape, self.cond_shape = shape, None
@@ -286,6 +284,20 @@ class MultivariateNormal(AbstractDistribution):
         noise = jr.normal(key, self.shape + batch, self.loc.dtype)
         x = expand(self.loc, noise.ndim) + jnp.tensordot(self.cholesky, noise, 1)
         return x, -0.5 * (noise * noise).sum(0) - self._log_normaliser()
+
+
+def _cholesky(covariance: ArrayLike, dtype: jnp.dtype) -> Array:
+    """The Cholesky factor, computed in double precision on the host unless traced."""
+    if isinstance(covariance, Tracer):
+        return jnp.linalg.cholesky(covariance.astype(dtype))
+    matrix = np.asarray(covariance, np.float64)
+    if not np.allclose(matrix, matrix.T, rtol=1e-4, atol=1e-6 * np.abs(matrix).max(initial=0.0)):
+        raise InputError("MultivariateNormal: the covariance is not symmetric.")
+    try:
+        return jnp.asarray(np.linalg.cholesky(matrix), dtype)
+    except np.linalg.LinAlgError as error:
+        message = "MultivariateNormal: the covariance is not positive definite."
+        raise InputError(message) from error
 
 
 class ConditionalNormal(AbstractDistribution):

@@ -144,7 +144,7 @@ class Flow(AbstractDistribution):
         if self._inner_shape is None or condition is None:
             return None
         if self.embed is None:
-            return condition
+            return condition.astype(self.dtype)
         return self._check_embedding(apply_net(self.embed, condition, self.cond_shape), 0)
 
     def _check_embedding(self, encoded, start: int):

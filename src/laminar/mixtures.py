@@ -17,7 +17,7 @@ from laminar._params import Frozen, expand
 from laminar._typing import Array, ArrayLike, Shape
 from laminar.density import AbstractDistribution, is_shape
 
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 class GaussianMixture(AbstractDistribution):
@@ -52,7 +52,7 @@ class GaussianMixture(AbstractDistribution):
     cond_shape: None = eqx.field(static=True)
 
     def __init__(self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike | None = None):
-        dtype = _float_dtype(means)
+        dtype = float_dtype(means)
         # In double precision on the host: covariances of a fit may be close to singular.
         means = np.asarray(means, np.float64)
         if means.ndim != 2:
@@ -60,8 +60,8 @@ class GaussianMixture(AbstractDistribution):
                 f"GaussianMixture: means must be (K, D), and have shape {means.shape}."
             )
         count, dim = means.shape
-        factors = _inverse_factors(covariances, count, dim)
-        self.logits = jnp.asarray(_log_weights("GaussianMixture", weights, count), dtype)
+        factors = inverse_factors("GaussianMixture", covariances, count, dim)
+        self.logits = jnp.asarray(log_weights("GaussianMixture", weights, count), dtype)
         self.means = jnp.asarray(means, dtype)
         self.log_diagonal = jnp.asarray(np.log(np.diagonal(factors, axis1=1, axis2=2)), dtype)
         self.lower = jnp.asarray(np.tril(factors, -1), dtype)
@@ -77,8 +77,7 @@ class GaussianMixture(AbstractDistribution):
         return jax.nn.softmax(self.logits)
 
     def _factors(self):
-        identity = jnp.eye(self.shape[0], dtype=self.means.dtype)
-        return jnp.tril(self.lower, -1) + jnp.exp(self.log_diagonal)[:, :, None] * identity[None]
+        return assemble_factors(self.lower, self.log_diagonal)
 
     def _log_prob(self, x, condition=None, *, key=None):
         flat = x.reshape((self.shape[0], -1))
@@ -87,11 +86,11 @@ class GaussianMixture(AbstractDistribution):
         # A scan keeps each component's product in cache; a batched product is slower and larger.
         def component(_, part):
             factor, mean, log_height = part
-            z = factor @ (flat - mean[:, None])
+            z = product(factor, flat - mean[:, None])
             return None, log_height - 0.5 * (z * z).sum(0)
 
         _, terms = lax.scan(component, None, (self._factors(), self.means, log_heights))
-        return (_log_sum(terms) - self.shape[0] * _HALF_LOG_TWO_PI).reshape(x.shape[1:])
+        return (_log_sum(terms) - self.shape[0] * HALF_LOG_TWO_PI).reshape(x.shape[1:])
 
     def _sample(self, key, batch=(), condition=None):
         choice_key, noise_key = jr.split(key)
@@ -101,7 +100,7 @@ class GaussianMixture(AbstractDistribution):
 
         def component(x, part):
             k, root, mean = part
-            drawn = mean[:, None] + root @ noise
+            drawn = mean[:, None] + product(root, noise)
             return jnp.where((choice == k)[None, :], drawn, x), None
 
         # Inverting K small factors once is far cheaper than K triangular solves of all rows.
@@ -138,7 +137,7 @@ class IsotropicMixture(AbstractDistribution):
     cond_shape: None = eqx.field(static=True)
 
     def __init__(self, means: ArrayLike, scale: ArrayLike = 1.0, weights: ArrayLike | None = None):
-        dtype = _float_dtype(means)
+        dtype = float_dtype(means)
         self.means = jnp.asarray(means, dtype)
         if self.means.ndim != 2:
             raise ShapeError(
@@ -154,7 +153,7 @@ class IsotropicMixture(AbstractDistribution):
         if not np.all(scale > 0):
             raise InputError("IsotropicMixture: scale must be positive everywhere.")
         weights = np.ones(count) if weights is None else weights
-        self.logits = jnp.asarray(_log_weights("IsotropicMixture", weights, count), dtype)
+        self.logits = jnp.asarray(log_weights("IsotropicMixture", weights, count), dtype)
         self.log_scale = jnp.asarray(np.log(scale), dtype)
         self.shape, self.cond_shape = (dim,), None
 
@@ -173,7 +172,7 @@ class IsotropicMixture(AbstractDistribution):
         log_height = jax.nn.log_softmax(self.logits) - self.shape[0] * log_scale
         precision = jnp.exp(-2 * log_scale)
         terms = log_height[:, None] - 0.5 * precision[:, None] * _square_distances(self.means, flat)
-        return (_log_sum(terms) - self.shape[0] * _HALF_LOG_TWO_PI).reshape(x.shape[1:])
+        return (_log_sum(terms) - self.shape[0] * HALF_LOG_TWO_PI).reshape(x.shape[1:])
 
     def _sample(self, key, batch=(), condition=None):
         choice_key, noise_key = jr.split(key)
@@ -259,7 +258,15 @@ class Mixture(AbstractDistribution):
 
     @property
     def _row_cost(self) -> int:
-        return max(part._row_cost for part in self._parts()) + 4 * self.logits.size
+        # Stacked components run side by side, separate ones one after the other.
+        together = 1 if isinstance(self.components, tuple) else self.logits.size
+        return together * max(part._row_cost for part in self._parts()) + 4 * self.logits.size
+
+    def _encode(self, condition, batch, batch_size):
+        # A component with an embedding takes the condition as it is, integers included.
+        if any(getattr(part, "embed", None) is not None for part in self._parts()):
+            return self, condition
+        return super()._encode(condition, batch, batch_size)
 
     def _keep(self, chosen, drawn, x):
         """Take the drawn events where chosen; the event axes stand in front."""
@@ -329,6 +336,12 @@ def _first(stacked) -> AbstractDistribution:
     )
 
 
+def assemble_factors(lower: Array, log_diagonal: Array) -> Array:
+    """Lower triangular matrices ``(K, D, D)`` from strict triangles and logarithms of diagonals."""
+    identity = jnp.eye(lower.shape[-1], dtype=lower.dtype)
+    return jnp.tril(lower, -1) + jnp.exp(log_diagonal)[:, :, None] * identity[None]
+
+
 def _log_sum(terms: Array) -> Array:
     """The logarithm of a sum over the first axis, with zero gradients where all terms are −∞."""
     nothing = (terms == -jnp.inf).all(0)
@@ -364,18 +377,29 @@ def _square_distances(means: Array, x: Array) -> Array:
 @_square_distances.defjvp
 def _square_distances_jvp(primals, tangents):
     means, x = primals
+    # Distances do not change when all points move, and products near the origin keep their digits.
+    centre = means.mean(0)
     d_means, d_x = tangents
-    own = (x * d_x).sum(0)[None, :] + (means * d_means).sum(1)[:, None]
-    return _square_distances(means, x), 2 * (own - means @ d_x - d_means @ x)
+    offset_means, offset_x = means - centre[None, :], x - centre[:, None]
+    own = (offset_x * d_x).sum(0)[None, :] + (offset_means * d_means).sum(1)[:, None]
+    crossed = product(offset_means, d_x) + product(d_means, offset_x)
+    return _square_distances(means, x), 2 * (own - crossed)
 
 
-def _float_dtype(value):
+def product(a: Array, b: Array) -> Array:
+    """The matrix product at full precision on every device: squares of it are summed."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def float_dtype(value):
+    """The floating-point dtype of an array-like, by default that of new arrays."""
     dtype = getattr(value, "dtype", None)
     inexact = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
     return jax.dtypes.canonicalize_dtype(dtype if inexact else float)
 
 
-def _log_weights(owner: str, weights: ArrayLike, count: int) -> np.ndarray:
+def log_weights(owner: str, weights: ArrayLike, count: int) -> np.ndarray:
+    """Logarithms of weights scaled to sum to one; `owner` is named in errors."""
     weights = np.asarray(weights, np.float64)
     if weights.shape != (count,):
         raise ShapeError(f"{owner}: weights have shape {weights.shape}, for {count} components.")
@@ -385,7 +409,7 @@ def _log_weights(owner: str, weights: ArrayLike, count: int) -> np.ndarray:
     return np.log(np.maximum(weights / weights.sum(), 1e-30))
 
 
-def _inverse_factors(covariances, count: int, dim: int) -> np.ndarray:
+def inverse_factors(owner: str, covariances, count: int, dim: int) -> np.ndarray:
     """The inverses of the Cholesky factors, ``(K, D, D)``, in double precision."""
     if covariances is None:
         covariances = np.ones(count)
@@ -396,11 +420,11 @@ def _inverse_factors(covariances, count: int, dim: int) -> np.ndarray:
         covariances = covariances[:, :, None] * np.eye(dim)
     if covariances.shape != (count, dim, dim):
         raise ShapeError(
-            f"GaussianMixture: covariances have shape {covariances.shape}; with {count} components "
+            f"{owner}: covariances have shape {covariances.shape}; with {count} components "
             f"of {dim} entries they must be {(count, dim, dim)}, {(count, dim)} or {(count,)}."
         )
     try:
         factors = np.linalg.cholesky(covariances)
     except np.linalg.LinAlgError as error:
-        raise InputError("GaussianMixture: a covariance is not positive definite.") from error
+        raise InputError(f"{owner}: a covariance is not positive definite.") from error
     return np.tril(np.linalg.solve(factors, np.broadcast_to(np.eye(dim), factors.shape)))

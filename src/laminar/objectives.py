@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
-from laminar._errors import ShapeError
+from laminar._errors import InputError, ShapeError
 from laminar._typing import Array, Callable, PRNGKeyArray, Shape
 from laminar.density import AbstractDistribution
 
@@ -46,13 +47,15 @@ def nll(
     x, rows = flow._check_event(batch.x, flow.shape, "x")
     if len(rows) != 1:
         raise ShapeError(f"nll: x has batch axes {rows}, but a batch has exactly one.")
-    inner, condition = _encode(flow, batch.condition, rows)
+    if batch.weights is not None:
+        if batch.weights.shape != rows:
+            raise ShapeError(f"nll: weights have shape {batch.weights.shape}, the batch {rows}.")
+        x = _blank(jnp.asarray(batch.weights) > 0, x, 0)
+    inner, condition = _encode(flow, batch.condition, rows, batch.weights)
     log_p = inner._log_prob(jnp.moveaxis(x, 0, -1), condition, key=key)
     if batch.weights is None:
         mean, total = log_p.mean(), jnp.asarray(log_p.size, log_p.dtype)
     else:
-        if batch.weights.shape != rows:
-            raise ShapeError(f"nll: weights have shape {batch.weights.shape}, the batch {rows}.")
         weights = jnp.asarray(batch.weights, log_p.dtype)
         total = weights.sum()
         used = jnp.where(weights > 0, log_p, 0)
@@ -77,6 +80,11 @@ def reverse_kl(
     """
 
     def objective(flow: AbstractDistribution, batch: Batch | None, key: PRNGKeyArray):
+        if flow.cond_shape is not None:
+            raise InputError(
+                f"reverse_kl: {flow.name} takes a condition of shape {flow.cond_shape}, and the "
+                "target has none; use an unconditional flow."
+            )
         x, log_q = flow._sample_and_log_prob(key, (samples,))
         log_p = jax.vmap(log_density, in_axes=-1)(x)
         loss = (log_q - log_p).mean()
@@ -85,11 +93,21 @@ def reverse_kl(
     return objective
 
 
-def _encode(flow: AbstractDistribution, condition: Any, rows: Shape):
+def _blank(used: Array, values: Array, axis: int) -> Array:
+    """Zeros in the rows that do not count, so that what stands there reaches no gradient."""
+    shape = [1] * values.ndim
+    shape[axis] = used.size
+    return jnp.where(used.reshape(shape), values, jnp.zeros((), values.dtype))
+
+
+def _encode(flow: AbstractDistribution, condition: Any, rows: Shape, weights: Array | None):
     """The inner distribution and its batch-last (or shared) condition."""
     condition, batch = flow._check_condition(condition)
     if batch not in ((), rows):
         raise ShapeError(f"nll: x has batch axes {rows}, its condition {batch}.")
+    if batch and weights is not None:
+        used = jnp.asarray(weights) > 0
+        condition = jtu.tree_map(lambda leaf: _blank(used, leaf, 0), condition)
     inner, condition = flow._encode(condition, batch, max(1, *rows))
     if condition is not None and batch:
         condition = jnp.moveaxis(condition, 0, -1)

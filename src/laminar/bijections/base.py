@@ -88,12 +88,6 @@ class AbstractTransform(eqx.Module):
         """The elementary transforms f_1, …, f_K this one is made of, first applied first."""
         return (self,)
 
-    def upto(self, k: int) -> "AbstractTransform":
-        """The first k steps as one transform; ``upto(0)`` is the identity."""
-        if k == len(self.steps()):
-            return self
-        raise ShapeError(f"{type(self).__name__} is a single step and has no first {k} steps.")
-
     @property
     def name(self) -> str:
         """What to call this transform in messages and plots."""
@@ -218,7 +212,3 @@ class Identity(AbstractBijection):
     def inverse(self, y, condition=None, *, key=None):
         """``(y, 0)``."""
         return self.forward(y)
-
-    def upto(self, k):
-        """The identity itself, however few of its steps are taken."""
-        return self

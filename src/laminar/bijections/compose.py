@@ -21,7 +21,6 @@ from laminar.bijections.base import (
     AbstractBijection,
     AbstractTransform,
     Exactness,
-    Identity,
     call,
 )
 
@@ -119,19 +118,6 @@ class Chain(AbstractTransform):
     def steps(self):
         """The steps of all parts in order."""
         return tuple(step for part in self.parts for step in part.steps())
-
-    def upto(self, k):
-        """The first k steps; whole parts are kept, so a repeated stack stays scanned."""
-        if k == 0:
-            return Identity(self.in_shape)
-        kept: list[AbstractTransform] = []
-        for part in self.parts:
-            n = len(part.steps())
-            kept.append(part if k >= n else part.upto(k))
-            k -= n
-            if k <= 0:
-                break
-        return Chain(kept)
 
 
 class Repeat(AbstractTransform):
@@ -234,12 +220,6 @@ class Repeat(AbstractTransform):
         """The layers unstacked; a layer counts as one step, whatever it is made of."""
         return tuple(self.layer(i) for i in range(self.length))
 
-    def upto(self, k):
-        """The first k layers, still scanned."""
-        if k == 0:
-            return Identity(self.in_shape)
-        return Repeat(jtu.tree_map(lambda x: x[:k] if eqx.is_array(x) else x, self.layers))
-
     @property
     def name(self) -> str:
         """The layer's name and how often it is repeated."""
@@ -320,6 +300,12 @@ class Independent(AbstractBijection):
     def __check_init__(self):
         if self.bijection.exactness != "exact":
             raise ShapeError(f"Independent takes an exact bijection, not {self.bijection.name}.")
+        sizes = {x.shape[:1] for x in jtu.tree_leaves(self.bijection) if eqx.is_array(x)}
+        if self.stacked and not sizes <= {(self.size,)}:
+            raise ShapeError(
+                f"Independent: stacked arrays need a leading axis of {self.size}; found "
+                f"{sorted(sizes)}."
+            )
 
     def _run(self, direction, x, condition):
         def one(bijection, x):
@@ -336,6 +322,22 @@ class Independent(AbstractBijection):
     def inverse(self, y, condition=None, *, key=None):
         """The inverse on every slice; log-dets are summed over slices."""
         return self._run("inverse", y, condition)
+
+    def init_from_data(self, data, condition=None, side="out"):
+        """Initialise each slice's own parameters, or shared ones from all slices together."""
+
+        def initialised(bijection, data):
+            return bijection.init_from_data(data, condition, side)
+
+        if self.stacked:
+            axes = (eqx.if_array(0), 0)
+            inner = eqx.filter_vmap(initialised, in_axes=axes)(self.bijection, data)
+        else:
+            pooled = jnp.moveaxis(data, 0, -2)
+            if condition is not None and condition.ndim > len(self.cond_shape or ()):
+                condition = jnp.tile(condition, self.size)
+            inner = initialised(self.bijection, pooled.reshape((*pooled.shape[:-2], -1)))
+        return Independent(inner, self.size, self.stacked)
 
 
 class Reshape(AbstractBijection):
@@ -438,8 +440,10 @@ class Indexed(AbstractBijection):
     in_shape: Shape = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
 
-    def __init__(self, bijection: AbstractTransform, index: Sequence[int] | np.ndarray, dim: int):
-        index = np.asarray(index, np.int32)
+    def __init__(
+        self, bijection: AbstractTransform, index: Array | Sequence[int] | np.ndarray, dim: int
+    ):
+        index = jnp.asarray(index, jnp.int32)
         if bijection.exactness != "exact":
             raise ShapeError(f"Indexed takes an exact bijection, not {bijection.name}.")
         if bijection.in_shape != index.shape or bijection.out_shape != index.shape:
@@ -447,10 +451,13 @@ class Indexed(AbstractBijection):
                 f"Indexed: {bijection.name} maps {bijection.in_shape} to {bijection.out_shape}, "
                 f"but the index has shape {index.shape}."
             )
-        if len(np.unique(index)) != len(index) or index.min() < 0 or index.max() >= dim:
+        if not isinstance(index, Tracer) and not (
+            set(np.asarray(index).tolist()) <= set(range(dim))
+            and len(np.unique(index)) == index.size
+        ):
             raise InputError(f"Indexed: the index must be distinct positions in 0…{dim - 1}.")
         self.bijection = bijection
-        self.index = jnp.asarray(index)
+        self.index = index
         self.in_shape = (dim,)
 
     @property

@@ -88,7 +88,9 @@ def first_steps(transform: AbstractTransform, k: int) -> AbstractTransform:
                 kept.append(first_steps(part, n))
             k -= n
         return Chain(kept)
-    return transform.upto(k)
+    if isinstance(transform, Repeat):
+        return Repeat(jtu.tree_map(lambda x: x[:k] if eqx.is_array(x) else x, transform.layers))
+    return Chain(transform.steps()[:k])
 
 
 def _last_steps(transform: AbstractTransform, k: int) -> list[AbstractTransform]:
