@@ -8,10 +8,12 @@ import pytest
 from scipy.stats import multivariate_normal, norm
 
 from laminar import io
-from laminar._errors import InputError
+from laminar._errors import InputError, TrainingError, list_rows
 from laminar.bijections.base import AbstractBijection, Identity
 from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.objectives import Batch
+from laminar.tables import flow as flow_module
 from laminar.tables.baselines import Rows, gaussian, mixture
 from laminar.tables.compare import compare_table
 from laminar.tables.flow import (
@@ -23,6 +25,7 @@ from laminar.tables.flow import (
 )
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table, array_table
+from laminar.train.density import fit_density
 
 SMALL = {"steps": 4, "batch_size": 32, "progress": False}
 
@@ -189,8 +192,6 @@ def test_samples_follow_their_conditions_in_order():
 def test_the_noise_of_the_objective_is_uniform_and_fresh():
     flow = Flow(Normal((2,)), Identity((2,)))
     objective = DequantisedNLL(jnp.array([2.0, 0.0]))
-    from laminar.objectives import Batch
-
     batch = Batch(jnp.zeros((20_000, 2)))
     loss, _ = objective(flow, batch, jr.key(0))
     # E[u² / 2] = width² / 24 for u uniform of that width.
@@ -229,6 +230,8 @@ def test_baselines_agree_with_scipy_and_condition_exactly():
     found = mixture(Rows(two[::2]), Rows(two[1::2]))
     assert len(found.weights) >= 2
     assert found.log_prob(Rows(two)).mean() > gaussian(Rows(two)).log_prob(Rows(two)).mean() + 0.5
+    # Once the number is chosen, the mixture is fitted to all rows.
+    np.testing.assert_allclose(found.weights @ found.means, two.mean(axis=0), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +290,7 @@ def test_weights_are_left_out_of_the_rows_and_repeat_them():
         ({"weights": "b"}, "negative in row"),
         ({"weights": "a", "given": ("a",)}, "both as given and as weights"),
         ({"validation": 1.5}, "between 0 and 1"),
-        ({"flow": "auto", "resume": True}, "name one"),
+        ({"flow": "auto", "resume": True}, "resume needs"),
     ],
 )
 def test_what_cannot_be_fitted(options, message):
@@ -297,6 +300,79 @@ def test_what_cannot_be_fitted(options, message):
         fit_table(Table(("a", "b"), values), **options)
     with pytest.raises(InputError, match="10 rows, and fitting needs at least 20"):
         fit_table(Table(("a", "b"), values[:10]))
+
+
+@pytest.mark.parametrize("name", ["realnvp", "auto"])
+def test_errors_in_training_name_rows_of_the_table(name, monkeypatch):
+    """Through two splits, and where rows of weight zero or of the file were left out."""
+    values = np.c_[rows(100), np.ones(100)]
+    values[::7, 2] = 0.0
+    table = Table(("a", "b", "w"), values, rows=np.arange(100) * 2 + 5)
+    seen = []
+
+    def fail(key, *arguments, **_):
+        data = arguments[-1]
+        x = data.x if isinstance(data, Batch) else data
+        seen.append(np.asarray(x)[[3, 8], 0])
+        raise TrainingError("It stopped for rows 3, 8. Look there.", [3, 8])
+
+    monkeypatch.setattr("laminar.tables.flow.fit", fail)
+    monkeypatch.setattr("laminar.tables.flow.fit_density", fail)
+    with pytest.raises(TrainingError) as caught:
+        fit_table(table, flow=name, weights="w", **SMALL)
+    positions = [int(np.flatnonzero(table.rows == row)[0]) for row in caught.value.rows]
+    kept = table.select(["a", "b"]).take(np.flatnonzero(values[:, 2]))
+    train, _ = split(len(kept), 0.1, np.random.default_rng(0))
+    column = learn_schema(kept, (), train).columns[0]
+    expected = (values[positions, 0] - column.location) / column.scale
+    np.testing.assert_allclose(seen[0], expected, rtol=1e-5)
+    assert f"for {list_rows(caught.value.rows)}. Look" in str(caught.value)
+
+
+def test_the_score_is_of_rows_that_decided_nothing(monkeypatch):
+    """Neither early stopping nor the search of candidates sees the rows that are held out."""
+    table = Table(("a", "b"), rows(200))
+    seen = []
+
+    def spy(function):
+        def called(key, *arguments, **options):
+            seen.extend(part.x for part in arguments if isinstance(part, Batch))
+            seen.extend(part for part in arguments if isinstance(part, np.ndarray))
+            seen.extend(p.x for p in options.values() if isinstance(p, Batch))
+            return function(key, *arguments, **options)
+
+        return called
+
+    monkeypatch.setattr("laminar.tables.flow.fit", spy(flow_module.fit))
+    monkeypatch.setattr("laminar.tables.flow.fit_density", spy(flow_module.fit_density))
+    for name, parts in (("realnvp", 2), ("auto", 1)):
+        seen.clear()
+        _, report = fit_table(table, flow=name, seed=1, **SMALL)
+        assert len(seen) == parts
+        _, held = split(200, 0.1, np.random.default_rng(1))
+        schema = learn_schema(table, (), np.setdiff1d(np.arange(200), held))
+        used = np.concatenate([np.asarray(part)[:, 0] for part in seen])
+        assert len(used) == report["train_rows"] == 160
+        hidden = schema.standardise(table.values[held])[:, 0]
+        assert np.abs(used[:, None] - hidden[None]).min() > 1e-6
+
+
+def test_the_search_is_not_repeated_for_the_last_fit(monkeypatch):
+    calls = []
+
+    def counted(key, data, **options):
+        calls.append(len(data))
+        return fit_density(key, data, **options)
+
+    monkeypatch.setattr("laminar.tables.flow.fit_density", counted)
+    table = Table(("a", "b"), rows(150) * [1, 2] + [50, 0])
+    model, report = fit_table(table, seed=2)
+    assert calls == [120]
+    assert report["training"]["flows"] == {}
+    assert report["held_out"]["rows"] == 30
+    drawn = model.sample(jr.key(0), 500).column("a")
+    assert drawn.mean() == pytest.approx(50, abs=0.3)
+    assert np.isfinite(model.log_prob(table)).all()
 
 
 def test_a_column_that_repeats_others_is_noticed():

@@ -28,6 +28,11 @@ class Rows(NamedTuple):
     condition: np.ndarray | None = None
     weights: np.ndarray | None = None
 
+    def take(self, index: np.ndarray) -> "Rows":
+        """Some of the rows."""
+        x, condition, weights = (None if part is None else part[index] for part in self)
+        return Rows(x, condition, weights)  # type: ignore[arg-type]
+
     @property
     def joint(self) -> np.ndarray:
         """Events and conditions side by side, (N, d + c)."""
@@ -71,29 +76,31 @@ def gaussian(train: Rows) -> Mixture:
 
 
 def mixture(train: Rows, held_out: Rows, seed: int = 0) -> Mixture:
-    """scikit-learn's Gaussian mixture, its number of components chosen on held-out rows.
+    """scikit-learn's Gaussian mixture: its number of components chosen on held-out rows.
 
-    Weights of rows are not used, since scikit-learn's mixture takes none.
+    It is then fitted again to both, as flows without networks are. Weights of rows are not used,
+    since scikit-learn's mixture takes none.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
-    joint = train.joint
-    best, best_score, falls = gaussian(train), -math.inf, 0
+    best, best_score, falls = COMPONENTS[0], -math.inf, 0
     for components in COMPONENTS:
-        if components > 1 and components * 5 > len(joint):
+        if components > 1 and components * 5 > len(train.x):
             break
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model = GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit(joint)
-        parts = (model.weights_, model.means_, model.covariances_)
-        candidate = Mixture(*(np.asarray(part) for part in parts))
-        score = float(np.mean(candidate.log_prob(held_out)))
+        score = float(np.mean(_mixture(train.joint, components, seed).log_prob(held_out)))
         if score > best_score:
-            best, best_score, falls = candidate, score, 0
+            best, best_score, falls = components, score, 0
         else:
             falls += 1
         if falls == 2:
             break
-    assert best is not None
-    return best
+    return _mixture(np.concatenate([train.joint, held_out.joint]), best, seed)
+
+
+def _mixture(joint: np.ndarray, components: int, seed: int) -> Mixture:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit(joint)
+    parts = (model.weights_, model.means_, model.covariances_)
+    return Mixture(*(np.asarray(part) for part in parts))

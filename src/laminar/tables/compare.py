@@ -28,9 +28,10 @@ def compare_table(
 ) -> dict[str, Any]:
     """Score several flows, a Gaussian and a Gaussian mixture on the same rows.
 
-    A fifth of the rows, drawn by the seed, is set aside. The others are what every density is
-    fitted to; flows and the mixture hold out some of these again, to stop and to choose by.
-    All have the same columns, dequantised alike, and densities in the units of the table.
+    A fifth of the rows, drawn by the seed, is set aside. The others are what every density has:
+    flows hold out some of these again, to stop by; the number of components of the mixture is
+    chosen on such, and then it is fitted to all of them, like the Gaussian. All have the same
+    columns, dequantised alike, and densities in the units of the table.
 
     Args:
         table: Finite rows.
@@ -85,9 +86,16 @@ def compare_table(
 
 def _baselines(seed: int) -> dict[str, Callable]:
     return {
-        "Gaussian": lambda fitted, held_out: gaussian(fitted),
+        "Gaussian": lambda fitted, held_out: gaussian(_both(fitted, held_out)),
         "Gaussian mixture": lambda fitted, held_out: mixture(fitted, held_out, seed),
     }
+
+
+def _both(a: Rows, b: Rows) -> Rows:
+    condition = None
+    if a.condition is not None and b.condition is not None:
+        condition = np.concatenate([a.condition, b.condition])
+    return Rows(np.concatenate([a.x, b.x]), condition)
 
 
 def _baseline(

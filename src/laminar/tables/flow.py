@@ -4,14 +4,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from laminar._errors import InputError
+from laminar._errors import InputError, TrainingError
 from laminar._typing import Array, PRNGKeyArray
 from laminar.density import AbstractDistribution
 from laminar.flow import Flow
@@ -20,7 +20,7 @@ from laminar.preset import preset
 from laminar.tables.baselines import Mixture, Rows, gaussian
 from laminar.tables.schema import Schema, dependent, learn_schema
 from laminar.tables.table import Table, array_table, listing, refuse_non_finite, unknown_column
-from laminar.train.density import fit_density
+from laminar.train.density import fit_density, refit
 from laminar.train.fit import fit
 from laminar.train.history import History
 from laminar.zoo import BUILDERS
@@ -221,9 +221,10 @@ def fit_table(
 ) -> tuple[TableFlow, dict[str, Any]]:
     """Fit a flow to the rows of a table.
 
-    A part of the rows, drawn by the seed, is held out: location and scale come from the others, and
-    training stops when the held-out likelihood no longer rises. The default for small tables trains
-    no network, and is fitted once more to all rows after it has been scored on the held-out ones.
+    A part of the rows, drawn by the seed, is held out for the score and decides nothing. Of the
+    others location and scale are taken; a part of them is set aside again, to stop training or to
+    choose by. The default for small tables trains no network, and is fitted once more to all rows
+    after it has been scored.
 
     Args:
         table: Finite rows, at least `MIN_ROWS`.
@@ -232,7 +233,7 @@ def fit_table(
         flow: ``"auto"`` chooses by the size of the table and on held-out rows; otherwise a name in
             `laminar.zoo.BUILDERS`.
         seed: Of the split, the noise on ties, the parameters and the order of batches.
-        validation: Fraction of rows held out.
+        validation: Fraction of rows held out, and of the others set aside for early stopping.
         notify: Called before training with each thing a user should know about the columns.
         **options: Passed on to `laminar.train.fit`: ``steps``, ``time_limit``, ``batch_size``,
             ``learning_rate``, ``checkpoint``, ``resume``, ``progress``.
@@ -244,9 +245,80 @@ def fit_table(
 
     Raises:
         InputError: When rows or columns cannot be used; the message says which and why.
+        TrainingError: When training stays non-finite; rows have their numbers in the table.
     """
     begun = time.monotonic()
-    given = tuple(given)
+    train_flow = fit_auto if flow == "auto" else fit_named(flow)
+    data = _prepare(table, tuple(given), weights, seed, validation)
+    for note in data.notes:
+        notify(note)
+    schema, auto = data.schema, flow == "auto"
+    try:
+        # Networks have fresh noise in every batch.
+        rows = data.part(data.train, noisy=auto)
+        trained = train_flow(seed, rows, noise=schema.noise, validation=validation, **options)
+    except TrainingError as error:
+        raise error.renumbered(data.table.rows[data.train].tolist()) from error
+    model = TableFlow(trained.flow, schema)
+    log_p = model.log_prob(data.table.take(data.held))
+    held = data.part(data.held, noisy=False)
+    report = {
+        "table": table.source,
+        "rows": len(data.table),
+        "train_rows": len(data.train),
+        "held_out_rows": len(data.held),
+        "columns": list(schema.names),
+        "dimensions": len(schema.modelled),
+        "given": list(given),
+        "weights": weights,
+        "flow": flow,
+        "seed": seed,
+        "held_out": weighted_mean(log_p, held.weights),
+        "gaussian": score(gaussian(data.part(data.train, noisy=True)), held, schema),
+        "training": trained.report,
+        "notes": data.notes,
+    }
+    if trained.refit is not None:
+        # Without networks it is quick to use the held-out rows too, and where rows are few it pays.
+        everything = data.part(np.arange(len(data.table)), noisy=True)
+        model = TableFlow(trained.refit(everything), schema)
+    return model, {**report, "seconds": round(time.monotonic() - begun, 3)}
+
+
+class _Data(NamedTuple):
+    """A table made ready for training: checked, split, and in standardised units.
+
+    Attributes:
+        table: Without the column of weights, and without rows of weight zero.
+        schema: Its columns.
+        z: Standardised rows, (N, d).
+        noisy: The same with their noise on ties.
+        conditions: Standardised conditions, (N, c), or None.
+        weights: Weights (N,) of mean one, or None.
+        train: Positions of the rows to train on.
+        held: Positions of the rows to score.
+        notes: What a user should know about the columns.
+    """
+
+    table: Table
+    schema: Schema
+    z: np.ndarray
+    noisy: np.ndarray
+    conditions: np.ndarray | None
+    weights: np.ndarray | None
+    train: np.ndarray
+    held: np.ndarray
+    notes: list[str]
+
+    def part(self, rows: np.ndarray, *, noisy: bool) -> Rows:
+        """Some rows, as they are trained on or scored."""
+        whole = Rows(self.noisy if noisy else self.z, self.conditions, self.weights)
+        return whole.take(rows)
+
+
+def _prepare(
+    table: Table, given: tuple[str, ...], weights: str | None, seed: int, validation: float
+) -> _Data:
     w = None
     if weights is not None:
         w, table = _weights(table, weights, given)
@@ -259,88 +331,71 @@ def fit_table(
     rng = np.random.default_rng(seed)
     train, held = split(len(table), validation, rng)
     schema = learn_schema(table, given, train)
-    values = table.select(schema.names).values
-    conditions = schema.condition(table.select(given).values) if given else None
-    z = schema.standardise(values)
+    z = schema.standardise(table.select(schema.names).values)
     notes = schema.notes()
     notes += [
         f"Column {schema.modelled[i].name!r} is a linear function of other columns, so that the "
         f"density is unbounded; leave it out."
         for i in dependent(z)
     ]
-    for note in notes:
-        notify(note)
     noisy = z + schema.noise * rng.uniform(-0.5, 0.5, z.shape)
-
-    def part(rows: np.ndarray, points: np.ndarray) -> Rows:
-        return Rows(
-            points[rows],
-            None if conditions is None else conditions[rows],
-            None if w is None else w[rows],
-        )
-
-    points = noisy if flow == "auto" else z
-    train_flow: Callable[..., tuple[Flow, dict[str, Any]]]
-    train_flow = fit_auto if flow == "auto" else fit_named(flow)
-    chosen, training = train_flow(
-        jr.key(seed), part(train, points), part(held, points), noise=schema.noise, **options
-    )
-    model = TableFlow(chosen, schema)
-    log_p = model.log_prob(table.take(held))
-    if flow == "auto" and not training["flows"]:
-        # Without networks it is quick to use the held-out rows too, and where rows are few it pays.
-        everything = part(np.arange(len(table)), noisy)
-        chosen, training = fit_auto(jr.key(seed), everything, None, noise=schema.noise, **options)
-        model = TableFlow(chosen, schema)
-    report = {
-        "table": table.source,
-        "rows": len(table),
-        "train_rows": len(train),
-        "held_out_rows": len(held),
-        "columns": list(schema.names),
-        "dimensions": len(schema.modelled),
-        "given": list(given),
-        "weights": weights,
-        "flow": flow,
-        "seed": seed,
-        "held_out": weighted_mean(log_p, None if w is None else w[held]),
-        "gaussian": score(gaussian(part(train, noisy)), part(held, z), schema),
-        "training": training,
-        "notes": notes,
-        "seconds": round(time.monotonic() - begun, 3),
-    }
-    return model, report
+    conditions = schema.condition(table.select(given).values) if given else None
+    return _Data(table, schema, z, noisy, conditions, w, train, held, notes)
 
 
-def fit_named(name: str) -> Callable[..., tuple[Flow, dict[str, Any]]]:
-    """The function that trains a flow of `laminar.zoo.BUILDERS`, or an error that lists them."""
+class Trained(NamedTuple):
+    """What `fit_auto` and the functions of `fit_named` return.
+
+    Attributes:
+        flow: A distribution of standardised rows.
+        report: The course of training, of what JSON can express.
+        refit: Fits the same density to other rows, where that is quick.
+    """
+
+    flow: Flow
+    report: dict[str, Any]
+    refit: Callable[[Rows], Flow] | None = None
+
+
+def fit_named(name: str) -> Callable[..., Trained]:
+    """The function that trains a flow of `laminar.zoo.BUILDERS`, or an error that lists them.
+
+    It takes a part of its rows to stop by: those that the flow will be scored on must not be among
+    the ones that chose it.
+    """
     if name not in BUILDERS:
         raise InputError(f"There is no flow named {name!r}; choose auto, {', '.join(BUILDERS)}.")
 
     def train(
-        key: PRNGKeyArray, rows: Rows, held_out: Rows, *, noise: np.ndarray, **options: Any
-    ) -> tuple[Flow, dict[str, Any]]:
-        flow_key, fit_key = jr.split(key)
+        seed: int, rows: Rows, *, noise: np.ndarray, validation: float, **options: Any
+    ) -> Trained:
+        flow_key, fit_key = jr.split(jr.key(seed))
         dim = rows.x.shape[1]
         cond_dim = 0 if rows.condition is None else rows.condition.shape[1]
         width = 64 if len(rows.x) < _SMALL else 128
         flow = BUILDERS[name](dim, key=flow_key, width=width, cond_dim=cond_dim)
         objective = DequantisedNLL(jnp.asarray(noise, flow.dtype)) if noise.any() else nll
-        train, validation = (Batch(*(_cast(part, flow) for part in p)) for p in (rows, held_out))
-        flow, history = fit(
-            fit_key, flow, train, validation=validation, objective=objective, **options
+        kept, stop = split(len(rows.x), validation, np.random.default_rng([seed, 2]))
+        data, stopping = (
+            Batch(*(_cast(part, flow) for part in rows.take(index))) for index in (kept, stop)
         )
-        return flow, summary(history)
+        try:
+            flow, history = fit(
+                fit_key, flow, data, validation=stopping, objective=objective, **options
+            )
+        except TrainingError as error:
+            raise error.renumbered(kept.tolist()) from error
+        return Trained(flow, summary(history))
 
     return train
 
 
 def fit_auto(
-    key: PRNGKeyArray,
+    seed: int,
     rows: Rows,
-    held_out: Rows | None,
     *,
     noise: np.ndarray,
+    validation: float,
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -348,31 +403,31 @@ def fit_auto(
     progress: bool | None = None,
     checkpoint: Any = None,
     resume: bool = False,
-) -> tuple[Flow, dict[str, Any]]:
+) -> Trained:
     """Train what suits the size of the table best: see `laminar.train.density.fit_density`.
 
-    The held-out rows are not looked at; ties must have had their noise.
+    Ties must have had their noise. `fit_density` has its own way to hold out rows for its choices.
     """
     count, dim = rows.x.shape
     sizes = preset(count, dim, 0 if rows.condition is None else rows.condition.shape[1])
     chosen: dict[str, Any] = {
-        "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
     }
     sizes = dataclasses.replace(sizes, **{k: v for k, v in chosen.items() if v is not None})
     flow, history = fit_density(
-        key,
+        jr.key(seed),
         rows.x,
         condition=rows.condition,
         weights=rows.weights,
         preset=sizes,
+        steps=steps,
         time_limit=time_limit,
         checkpoint=checkpoint,
         resume=resume,
         progress=progress,
     )
-    return flow, {
+    report = {
         "steps": history.steps,
         "seconds": history.seconds,
         "stop_reason": history.stop_reason,
@@ -384,6 +439,11 @@ def fit_auto(
         ],
         "flows": {name: summary(course) for name, course in history.flows.items()},
     }
+
+    def again(rows: Rows) -> Flow:
+        return refit(history, rows.x, condition=rows.condition, weights=rows.weights)
+
+    return Trained(flow, report, None if history.flows else again)
 
 
 def summary(history: History) -> dict[str, Any]:
