@@ -16,17 +16,21 @@ from laminar._typing import Array, PyTree
 
 T = TypeVar("T")
 
-_SOFTPLUS_ONE = math.log(math.expm1(1.0))
+SOFTPLUS_ONE = math.log(math.expm1(1.0))
+_LOWEST = -80.0  # below it the softplus, or its logarithm's derivative, underflows in float32
 
 
 def positive(raw: Array) -> Array:
-    """Map ℝ to (0, ∞) by a shifted softplus, so that raw = 0 gives exactly 1 up to rounding."""
-    return jax.nn.softplus(raw + _SOFTPLUS_ONE)
+    """Map ℝ to (0, ∞) by a shifted softplus, so that raw = 0 gives exactly 1 up to rounding.
+
+    The value never underflows: below raw = −80 it stays at about 3e-35.
+    """
+    return jax.nn.softplus(jnp.maximum(raw, _LOWEST) + SOFTPLUS_ONE)
 
 
 def positive_inverse(value: Array) -> Array:
     """The raw array that `positive` maps to `value`: ln(exp(v) − 1) − ln(e − 1)."""
-    return value + jnp.log(-jnp.expm1(-value)) - _SOFTPLUS_ONE
+    return value + jnp.log(-jnp.expm1(-value)) - SOFTPLUS_ONE
 
 
 def bounded(raw: Array, limit: float) -> Array:

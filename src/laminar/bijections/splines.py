@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from laminar._errors import InputError
-from laminar._params import _SOFTPLUS_ONE
+from laminar._params import SOFTPLUS_ONE
 from laminar._typing import Array, Shape
 from laminar.bijections.elementwise import AbstractElementwise
 
@@ -98,38 +98,19 @@ class RationalQuadratic(AbstractElementwise):
 
     def forward_kernel(self, params, x):
         """The spline and its log-derivative at each x."""
-        inside = jnp.clip(x, *self.interval)
+        inside = _clip(x, *self.interval)
         x_left, width, y_left, height, left, right = self._bin(params, inside, False)
-        s = height / width
-        theta = jnp.clip((inside - x_left) / width, 0.0, 1.0)
-        rest = 1 - theta
-        both = theta * rest
-        denominator = s + (left + right - 2 * s) * both
-        y = y_left + height * theta * (s * theta + left * rest) / denominator
-        log_det = _log_slope(s, left, right, theta, rest, denominator)
-        return self._finish(x, inside, y, log_det, left, right, 1.0)
+        theta = _clip((inside - x_left) / width, 0.0, 1.0)
+        share, log_slope = rational_share(theta, 1 - theta, height / width, left, right)
+        return self._finish(x, inside, y_left + height * share, log_slope, left, right, 1.0)
 
     def inverse_kernel(self, params, y):
-        """The root of the quadratic that each y makes with its bin, and the log-derivative there.
-
-        The cancellation-free root 2c / (−b − √(b² − 4ac)) is used, with the discriminant held ≥ 0.
-        """
-        inside = jnp.clip(y, *self.interval)
+        """The root of the quadratic that each y makes with its bin, and the log-derivative there."""
+        inside = _clip(y, *self.interval)
         x_left, width, y_left, height, left, right = self._bin(params, inside, True)
-        s = height / width
-        # Everything is divided by the height, so that eta in [0, 1] replaces y − y_k.
-        eta = jnp.clip((inside - y_left) / height, 0.0, 1.0)
-        bend = left + right - 2 * s
-        a = s - left + eta * bend
-        b = left - eta * bend
-        c = -s * eta
-        theta = 2 * c / (-b - _safe_sqrt(b * b - 4 * a * c))
-        theta = jnp.clip(theta, 0.0, 1.0)
-        rest = 1 - theta
-        x = x_left + theta * width
-        denominator = s + bend * theta * rest
-        log_det = -_log_slope(s, left, right, theta, rest, denominator)
-        return self._finish(y, inside, x, log_det, left, right, -1.0)
+        eta = _clip((inside - y_left) / height, 0.0, 1.0)
+        theta, log_slope = rational_place(eta, 1 - eta, height / width, left, right)
+        return self._finish(y, inside, x_left + theta * width, -log_slope, left, right, -1.0)
 
     def _finish(self, point, inside, image, log_det, left, right, sign):
         """Put the tails on; `sign` is −1 for the inverse, whose outer slopes are reciprocal."""
@@ -146,16 +127,78 @@ class RationalQuadratic(AbstractElementwise):
         return image + beyond, jnp.where(below | above, log_outer, log_det)
 
 
-def _log_slope(s, left, right, theta, rest, denominator):
-    """Ln dy/dx: of positive terms only, so nothing cancels."""
-    top = right * theta * theta + 2 * s * theta * rest + left * rest * rest
-    return 2 * jnp.log(s) + jnp.log(top) - 2 * jnp.log(denominator)
+def rational_share(theta: Array, rest: Array, secant: Array, left: Array, right: Array):
+    """The rational-quadratic piece of one bin, read forwards.
+
+    Only sums and products of terms that are not negative, so no digits cancel.
+
+    Args:
+        theta: Place in the bin's width, in [0, 1].
+        rest: 1 − θ, which the caller may know to more digits.
+        secant: Height over width, s.
+        left: Slope at the left knot, positive.
+        right: Slope at the right knot, positive.
+
+    Returns:
+        The share of the height in [0, 1], and ln dy/dx.
+    """
+    bottom = secant * (theta * theta + rest * rest) + (left + right) * (theta * rest)
+    share = theta * (secant * theta + left * rest) / bottom
+    return share, _log_slope(theta, rest, secant, left, right, bottom)
+
+
+def rational_place(eta: Array, rest: Array, secant: Array, left: Array, right: Array):
+    """The same piece read backwards: which place in the width has the share η of the height.
+
+    The quadratic in θ has the discriminant u² + 4 s² η (1 − η) with u = l (1 − η) − r η, a sum of
+    terms that are not negative and never zero, so the root and its derivative are finite; and both
+    θ and 1 − θ are quotients of such sums.
+
+    Args:
+        eta: Share of the height, in [0, 1].
+        rest: 1 − η.
+        secant: Height over width.
+        left: Slope dy/dx at the left knot, positive.
+        right: Slope at the right knot, positive.
+
+    Returns:
+        The place θ in [0, 1], and ln dy/dx (not dx/dy) there.
+    """
+    u = left * rest - right * eta
+    up = u >= 0
+    # Not jnp.abs, whose derivative at zero would be that of neither branch.
+    t = jnp.sqrt(u * u + 4 * secant * secant * eta * rest) + jnp.where(up, u, -u)
+    far = 2 * secant * jnp.where(up, eta, rest)
+    # θ : 1 − θ is far : t, or t : far when u < 0. The smaller one is a quotient, whose sign bit
+    # tells which it is, so that the compiler stores one array; the other is its complement.
+    below = far <= t
+    small = jnp.where(below, far, t)
+    small = jnp.where(up == below, small, -small) / (t + far)
+    first = ~jnp.signbit(small)
+    theta = jnp.where(first, small, 1 + small)
+    rest = jnp.where(first, 1 - small, -small)
+    bottom = secant * (theta * theta + rest * rest) + (left + right) * (theta * rest)
+    return theta, _log_slope(theta, rest, secant, left, right, bottom)
+
+
+def _log_slope(theta, rest, secant, left, right, bottom):
+    top = right * theta * theta + 2 * secant * theta * rest + left * rest * rest
+    return 2 * jnp.log(secant) + jnp.log(top) - 2 * jnp.log(bottom)
+
+
+def _clip(value: Array, lo: float, hi: float) -> Array:
+    """As jnp.clip, but with derivative one, not one half, at the two ends themselves."""
+    return jnp.where(value < lo, lo, jnp.where(value > hi, hi, value))
 
 
 @jax.custom_jvp
 def _slope(raw: Array) -> Array:
-    """`positive` of a clipped argument; its derivative reads its value alone: 1 − e^{−p}."""
-    return jnp.log1p(jnp.exp(jnp.clip(raw, -_LOGIT_LIMIT, _LOGIT_LIMIT) + _SOFTPLUS_ONE))
+    """`positive` of a clipped argument; its derivative reads its value alone: 1 − e^{−p}.
+
+    On purpose that is the derivative without the clip, as in `_exp`: a raw slope that has strayed
+    beyond the limit is still drawn back.
+    """
+    return jnp.log1p(jnp.exp(jnp.clip(raw, -_LOGIT_LIMIT, _LOGIT_LIMIT) + SOFTPLUS_ONE))
 
 
 @_slope.defjvp
@@ -163,12 +206,6 @@ def _slope_jvp(primals, tangents):
     value = _slope(primals[0])
     # Written as a quotient for the reason given in `_search_and_keep`.
     return value, tangents[0] / (-1 / jnp.expm1(-value))
-
-
-def _safe_sqrt(value: Array) -> Array:
-    """√max(value, 0) with a finite derivative at zero."""
-    positive_part = value > 0
-    return jnp.where(positive_part, jnp.sqrt(jnp.where(positive_part, value, 1.0)), 0.0)
 
 
 class Linear(AbstractElementwise):
@@ -339,7 +376,11 @@ def _search_and_keep(layout, interval, least, search_y, point, raw):
 
 
 def _exp(raw: Array) -> Array:
-    """Softmax weights not yet divided by their sum; the clip stands in for a maximum."""
+    """Softmax weights not yet divided by their sum; the clip stands in for a maximum.
+
+    `_tangents` passes straight through the clip on purpose: the value no longer changes beyond it,
+    but raw parameters that have strayed there are still drawn back by their gradient.
+    """
     return jnp.exp(jnp.clip(raw, -_LOGIT_LIMIT, _LOGIT_LIMIT))
 
 
