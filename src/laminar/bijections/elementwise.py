@@ -10,6 +10,7 @@ arguments are clipped before the arithmetic, so gradients are finite everywhere.
 """
 
 import abc
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
-from laminar._params import Frozen, expand, partition, positive, positive_inverse
+from laminar._params import Frozen, bounded, expand, partition, positive, positive_inverse
 from laminar._typing import Array, ArrayLike, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform, Invert, call
 
@@ -139,6 +141,7 @@ class Composed(AbstractElementwise):
 
     params: Array
     parts: Frozen[tuple[AbstractElementwise, ...]]
+    counts: tuple[int, ...] = eqx.field(static=True)
     in_shape: Shape = eqx.field(static=True)
 
     def __init__(self, parts: Sequence[AbstractElementwise]):
@@ -146,14 +149,16 @@ class Composed(AbstractElementwise):
         if len(shapes) != 1:
             raise ShapeError(f"Composed takes maps of one shape, and got {sorted(shapes)}.")
         self.params = jnp.concatenate([part.params for part in parts])
-        self.parts = Frozen(tuple(parts))
+        self.counts = tuple(part.params.shape[0] for part in parts)
+        # The parts are kernels only; their parameters are kept once, in `params`.
+        self.parts = Frozen(tuple(_without_params(part) for part in parts))
         self.in_shape = shapes.pop()
 
     def _run(self, direction, params, x):
-        ends = list(itertools.accumulate(part.params.shape[0] for part in self.parts.tree))
+        ends = itertools.accumulate(self.counts)
         pieces = [
-            (part, params[end - part.params.shape[0] : end])
-            for part, end in zip(self.parts.tree, ends, strict=True)
+            (part, params[end - count : end])
+            for part, count, end in zip(self.parts.tree, self.counts, ends, strict=True)
         ]
         total = jnp.zeros((), x.dtype)
         for part, own in pieces if direction == "forward_kernel" else pieces[::-1]:
@@ -173,6 +178,13 @@ class Composed(AbstractElementwise):
     def name(self) -> str:
         """The parts' names in order."""
         return " + ".join(part.name for part in self.parts.tree)
+
+
+def _without_params(part: AbstractElementwise) -> AbstractElementwise:
+    """The part with an empty parameter axis, unless its class computes `params` from others."""
+    if not any(field.name == "params" for field in dataclasses.fields(part)):
+        return part
+    return eqx.tree_at(lambda part: part.params, part, part.params[:0])
 
 
 def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
@@ -241,8 +253,7 @@ class Affine(AbstractElementwise):
         max_log_scale: float | None = None,
     ):
         loc, scale = _as_float(loc), _as_float(scale)
-        if shape is None:
-            shape = jnp.broadcast_shapes(loc.shape, scale.shape)
+        shape = _event_shape("Affine", shape, loc=loc, scale=scale)
         if max_log_scale is not None and not max_log_scale > 0:
             raise InputError(f"Affine: max_log_scale must be positive, not {max_log_scale}.")
         if not isinstance(scale, Tracer):
@@ -265,19 +276,19 @@ class Affine(AbstractElementwise):
         self.params = jnp.stack(
             [jnp.broadcast_to(v.astype(dtype), shape) for v in (loc, raw)], axis=0
         )
-        self.in_shape = tuple(shape)
+        self.in_shape = shape
         self.max_log_scale = max_log_scale
 
     def _log_scale(self, raw: Array) -> Array:
         if self.max_log_scale is None:
-            return jnp.log(_positive(raw))
-        return self.max_log_scale * jnp.tanh(raw / self.max_log_scale)
+            return jnp.log(positive(raw))
+        return bounded(raw, self.max_log_scale)
 
     def forward_kernel(self, params, x):
         """``(scale · x + loc, ln scale)``."""
         loc, raw = params
         log_scale = self._log_scale(raw)
-        scale = _positive(raw) if self.max_log_scale is None else jnp.exp(log_scale)
+        scale = positive(raw) if self.max_log_scale is None else jnp.exp(log_scale)
         return scale * x + loc, jnp.broadcast_to(log_scale, x.shape)
 
     def inverse_kernel(self, params, y):
@@ -285,7 +296,7 @@ class Affine(AbstractElementwise):
         loc, raw = params
         log_scale = self._log_scale(raw)
         if self.max_log_scale is None:
-            x = (y - loc) / _positive(raw)
+            x = (y - loc) / positive(raw)
         else:
             x = (y - loc) * jnp.exp(-log_scale)
         return x, jnp.broadcast_to(-log_scale, y.shape)
@@ -304,7 +315,7 @@ class Shift(AbstractElementwise):
 
     def __init__(self, loc: ArrayLike = 0.0, *, shape: Shape | None = None):
         loc = _as_float(loc)
-        self.in_shape = loc.shape if shape is None else tuple(shape)
+        self.in_shape = _event_shape("Shift", shape, loc=loc)
         self.params = jnp.broadcast_to(loc, self.in_shape)[None]
 
     def forward_kernel(self, params, x):
@@ -421,7 +432,11 @@ class LeakyTanh(AbstractElementwise):
 
     Args:
         shape: Event shape.
-        bound: Where the lines take over, > 0.
+        bound: Where the lines take over, in (0, 4]; further out tanh is too close to ±1 for
+            its inverse to mean anything in float32.
+
+    Raises:
+        InputError: If the bound is not in (0, 4].
     """
 
     params: Array
@@ -429,8 +444,8 @@ class LeakyTanh(AbstractElementwise):
     bound: float = eqx.field(static=True)
 
     def __init__(self, shape: Shape = (), *, bound: float = 3.0):
-        if not 0 < bound <= 8:
-            raise InputError(f"LeakyTanh: bound must lie in (0, 8], not {bound}.")
+        if not 0 < bound <= 4:
+            raise InputError(f"LeakyTanh: bound must lie in (0, 4], not {bound}.")
         self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
         self.bound = float(bound)
 
@@ -459,6 +474,7 @@ class Power(AbstractElementwise):
 
     Raises:
         InputError: If an exponent is not positive.
+        ShapeError: If shapes cannot be broadcast.
     """
 
     params: Array
@@ -469,7 +485,7 @@ class Power(AbstractElementwise):
         if not isinstance(exponent, Tracer) and not bool((exponent > 0).all()):
             raise InputError("Power: every exponent must be greater than zero.")
         raw = jnp.where(exponent == 1, jnp.zeros_like(exponent), positive_inverse(exponent))
-        self.in_shape = raw.shape if shape is None else tuple(shape)
+        self.in_shape = _event_shape("Power", shape, exponent=exponent)
         self.params = jnp.broadcast_to(raw, self.in_shape)[None]
 
     @staticmethod
@@ -480,12 +496,12 @@ class Power(AbstractElementwise):
 
     def forward_kernel(self, params, x):
         """``(x^a, ln a + (a − 1) ln x)``; −inf for x ≤ 0."""
-        exponent = _positive(params[0])
+        exponent = positive(params[0])
         return self._run(exponent, jnp.log(exponent), x)
 
     def inverse_kernel(self, params, y):
         """``(y^{1/a}, −ln a + (1/a − 1) ln y)``; −inf for y ≤ 0."""
-        exponent = _positive(params[0])
+        exponent = positive(params[0])
         return self._run(1 / exponent, -jnp.log(exponent), y)
 
 
@@ -502,6 +518,7 @@ class SinhArcsinh(AbstractElementwise):
 
     Raises:
         InputError: If a tail weight is not positive.
+        ShapeError: If shapes cannot be broadcast.
     """
 
     params: Array
@@ -512,21 +529,20 @@ class SinhArcsinh(AbstractElementwise):
         if not isinstance(tail, Tracer) and not bool((tail > 0).all()):
             raise InputError("SinhArcsinh: every tail weight must be greater than zero.")
         raw = jnp.where(tail == 1, jnp.zeros_like(tail), positive_inverse(tail))
-        if shape is None:
-            shape = jnp.broadcast_shapes(skew.shape, raw.shape)
-        self.in_shape = tuple(shape)
+        shape = _event_shape("SinhArcsinh", shape, skew=skew, tail=tail)
+        self.in_shape = shape
         self.params = jnp.stack([jnp.broadcast_to(v, shape) for v in (skew, raw)])
 
     def forward_kernel(self, params, x):
         """``(sinh u, ln t + ln cosh u − ln cosh v)`` with v = arsinh x and u = t · (v + s)."""
-        skew, tail = params[0], _positive(params[1])
+        skew, tail = params[0], positive(params[1])
         v = jnp.arcsinh(_finite(x))
         u = tail * (v + skew)
         return _clamped_sinh(u), _unless(jnp.isinf(x), jnp.log(tail) + _log_cosh(u) - _log_cosh(v))
 
     def inverse_kernel(self, params, y):
         """``(sinh u, −ln t + ln cosh u − ln cosh v)`` with v = arsinh y and u = v / t − s."""
-        skew, tail = params[0], _positive(params[1])
+        skew, tail = params[0], positive(params[1])
         v = jnp.arcsinh(_finite(y))
         u = v / tail - skew
         return _clamped_sinh(u), _unless(jnp.isinf(y), _log_cosh(u) - _log_cosh(v) - jnp.log(tail))
@@ -537,9 +553,18 @@ def _as_float(value: ArrayLike) -> Array:
     return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(float)
 
 
-def _positive(raw: Array) -> Array:
-    """`positive`, with its argument kept where neither it nor its logarithm underflows."""
-    return positive(jnp.maximum(raw, -80.0))
+def _event_shape(owner: str, shape: Shape | None, **values: Array) -> Shape:
+    """The event shape asked for, or that of the arguments broadcast together."""
+    shapes = {name: value.shape for name, value in values.items()}
+    try:
+        joint = np.broadcast_shapes(*shapes.values(), *(() if shape is None else (tuple(shape),)))
+    except ValueError:
+        joint = None
+    if joint is None or (shape is not None and joint != tuple(shape)):
+        given = " and ".join(f"{name} of shape {s}" for name, s in shapes.items())
+        event = "" if shape is None else f" to the event shape {tuple(shape)}"
+        raise ShapeError(f"{owner}: {given} cannot be broadcast{event or ' together'}.")
+    return joint
 
 
 def _tiny(x: Array) -> float:

@@ -60,17 +60,17 @@ class Triangular(AbstractBijection):
     def matrix(self) -> Array:
         """T, of shape (D, D)."""
         strict = jnp.tril(self.raw, -1) if self.lower else jnp.triu(self.raw, 1)
-        return strict + jnp.diag(_diagonal(self.raw))
+        return strict + jnp.diag(positive(jnp.diagonal(self.raw)))
 
     def forward(self, x, condition=None, *, key=None):
         """``(T x + b, Σ ln T_ii)``."""
         y = _add(_product(self.matrix, x), self.shift)
-        return y, _fill(jnp.sum(jnp.log(_diagonal(self.raw))), x)
+        return y, _fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(T⁻¹ (y − b), −Σ ln T_ii)``."""
         x = _solve(self.matrix, _subtract(y, self.shift), lower=self.lower)
-        return x, _fill(-jnp.sum(jnp.log(_diagonal(self.raw))), y)
+        return x, _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
 
 
 class LU(AbstractBijection):
@@ -127,7 +127,7 @@ class LU(AbstractBijection):
         """``(P L U x + b, Σ ln U_ii)``."""
         lower, upper = self._factors()
         y = _take(_product(lower, _product(upper, x)), self.index)
-        return _add(y, self.shift), _fill(jnp.sum(jnp.log(_diagonal(self.raw))), x)
+        return _add(y, self.shift), _fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(U⁻¹ L⁻¹ Pᵀ (y − b), −Σ ln U_ii)``."""
@@ -135,7 +135,7 @@ class LU(AbstractBijection):
         x = _take(_subtract(y, self.shift), self.back)
         x = _solve(lower, x, lower=True, unit=True)
         x = _solve(upper, x, lower=False)
-        return x, _fill(-jnp.sum(jnp.log(_diagonal(self.raw))), y)
+        return x, _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
 
 
 class Householder(AbstractBijection):
@@ -273,7 +273,7 @@ class LowRank(AbstractBijection):
         """``(x + U Vᵀ x + b, ln det C)``."""
         u, v = self._factors()
         y = _add(x + _product(u, _product(v.T, x)), self.shift)
-        return y, _fill(jnp.sum(jnp.log(_diagonal(self.raw))), x)
+        return y, _fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(x − U C⁻¹ Vᵀ x, −ln det C)`` at x = y − b."""
@@ -282,7 +282,7 @@ class LowRank(AbstractBijection):
         x = _subtract(y, self.shift)
         w = _solve(lower, _product(v.T, x), lower=True, unit=True)
         w = _solve(upper, w, lower=False)
-        return x - _product(u, w), _fill(-jnp.sum(jnp.log(_diagonal(self.raw))), y)
+        return x - _product(u, w), _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
 
 
 class ActNorm(AbstractBijection):
@@ -365,15 +365,10 @@ def _check_dim(owner: str, dim: int) -> None:
         raise InputError(f"{owner}: the dimension must be at least 1, not {dim}.")
 
 
-def _diagonal(raw: Array) -> Array:
-    """The positive diagonal, kept where neither it nor its logarithm underflows."""
-    return positive(jnp.maximum(jnp.diagonal(raw), -80.0))
-
-
 def _lu_factors(raw: Array) -> tuple[Array, Array]:
     """L with unit diagonal and U with positive diagonal, from one square array."""
     lower = jnp.tril(raw, -1) + jnp.eye(raw.shape[0], dtype=raw.dtype)
-    return lower, jnp.triu(raw, 1) + jnp.diag(_diagonal(raw))
+    return lower, jnp.triu(raw, 1) + jnp.diag(positive(jnp.diagonal(raw)))
 
 
 def _product(matrix: Array, x: Array) -> Array:
