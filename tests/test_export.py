@@ -1,6 +1,7 @@
 """Exported functions run without laminar and give what the flow gives."""
 
 import builtins
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from laminar import _files
 from laminar._errors import InputError, MissingExtraError
 from laminar._params import trainable
 from laminar.bijections.compose import Chain
@@ -199,6 +201,38 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
     with pytest.raises(InputError, match="meta must be"):
         export(Normal(2), tmp_path / "new", meta={"a": {1}})
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_is_cut_short_is_none_and_can_be_done_again(tmp_path, monkeypatch):
+    folder = export(Normal(2), tmp_path / "out")
+    (folder / "table.py").write_text("of the earlier export")
+    written = []
+
+    def stop(path, data):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        _files.atomic_write(path, data)
+
+    monkeypatch.setattr("laminar.export.atomic_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(Normal(3), folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "log_prob.bin",
+        "sample.bin",
+    ]
+    monkeypatch.undo()
+    (folder / _files.temporary_name("README.md")).touch()
+    export(Normal(3), folder)
+    description = json.loads((folder / "export.json").read_text())
+    assert description["shape"] == [3]
+    for name, expected in description["checksums"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected
+    (folder / "export.json").unlink()
+    (folder / "mine").touch()
+    with pytest.raises(InputError, match="not an earlier"):
+        export(Normal(3), folder)
 
 
 def test_what_cannot_be_exported(tmp_path):

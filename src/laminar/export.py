@@ -2,7 +2,8 @@
 
 `export` makes a folder:
 
-    export.json   what it is: versions, event and condition shapes, dtype, checksums, `meta`
+    export.json   what it is: versions, event and condition shapes, dtype, `meta`, and the SHA-256
+                  of the other files; written last, so that where it is the export is whole
     log_prob.bin  jax.export's serialisation of  log_prob(x[, condition])
     sample.bin    likewise of                    sample(key_data, rows_or_condition)
     README.md     how to call them
@@ -18,10 +19,12 @@ Row i of a sample depends on the key and on i only, so a longer sample begins wi
 The parameters are constants in the files; a flow in float64 needs JAX in 64 bits to be called.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -31,11 +34,12 @@ import jax.tree_util as jtu
 from jax import export as jax_export
 
 from laminar._errors import InputError, LaminarError, MissingExtraError
-from laminar._files import PathLike, atomic_write, check_writable, checksum
+from laminar._files import PathLike, atomic_write, check_writable, temporary_name
 from laminar._version import __version__
 from laminar.density import AbstractDistribution, is_shape
 
 FORMAT_VERSION = 1
+_FILES = ("log_prob.bin", "sample.bin", "README.md", "table.py", "export.json")
 
 _README = """# A normalizing flow as compiled functions
 
@@ -93,6 +97,18 @@ def export(
         log_density = jax.export.deserialize(data).call(x)
         ```
     """
+    return write_export(flow, path, platforms, vjp_order, meta, {})
+
+
+def write_export(
+    flow: AbstractDistribution,
+    path: PathLike,
+    platforms: Sequence[str],
+    vjp_order: int,
+    meta: Mapping[str, Any] | None,
+    more: Mapping[str, bytes],
+) -> Path:
+    """What `export` does, with more files that belong to the export, from `_FILES`."""
     _check(flow)
     folder = _usable_folder(path)
     try:
@@ -102,6 +118,8 @@ def export(
     files = {
         "log_prob.bin": _serialise(flow, _log_prob, "log_prob", platforms, vjp_order),
         "sample.bin": _serialise(flow, _sample, "sample", platforms, vjp_order),
+        "README.md": _readme(flow, folder).encode(),
+        **more,
     }
     description = {
         "format": "laminar export",
@@ -114,14 +132,15 @@ def export(
         "dtype": jnp.dtype(flow.dtype).name,
         "platforms": list(platforms),
         "vjp_order": vjp_order,
-        "checksums": {name: checksum(data) for name, data in files.items()},
+        "checksums": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "meta": json.loads(text),
     }
     folder.mkdir(exist_ok=True)
+    # An earlier export ends here: no mixture of the two must pass for one.
+    for name in ("export.json", "table.py"):
+        (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
         atomic_write(folder / name, data)
-    atomic_write(folder / "README.md", _readme(flow, folder).encode())
-    # Last, so that a folder with a description is a whole one.
     atomic_write(folder / "export.json", (json.dumps(description, indent=2) + "\n").encode())
     return folder
 
@@ -142,14 +161,32 @@ def _check(flow: Any) -> None:
 
 def _usable_folder(path: PathLike) -> Path:
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{path} is a file; export writes a folder.")
-    if not folder.exists():
+    try:
+        there = {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
         return check_writable(folder)
-    if any(folder.iterdir()) and not (folder / "export.json").is_file():
+    except NotADirectoryError as error:
+        raise InputError(f"{path} is a file; export writes a folder.") from error
+    except OSError as error:
+        return _unusable(path, error)
+    if there and "export.json" not in there and not _cut_short(there):
         raise InputError(f"The folder {path} is not empty and not an earlier export.")
-    check_writable(folder / "export.json")
+    for name in _FILES:
+        check_writable(folder / name)
     return folder
+
+
+def _unusable(path: PathLike, error: OSError) -> NoReturn:
+    raise InputError(
+        f"{os.fspath(path)[:200]} cannot be written: {error.strerror or error}."
+    ) from error
+
+
+def _cut_short(there: set[str]) -> bool:
+    """Whether a folder holds what an export leaves when it is killed, and nothing else."""
+    first = {"log_prob.bin", temporary_name("log_prob.bin")}
+    ours = {*_FILES, *map(temporary_name, _FILES)}
+    return bool(there & first) and there <= ours
 
 
 def _log_prob(flow: AbstractDistribution) -> tuple[Callable, tuple]:

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from laminar._files import PathLike, atomic_write
-from laminar.export import export
+from laminar._files import PathLike
+from laminar.export import write_export
 from laminar.tables.flow import TableFlow
 
 _SCRIPT = '''"""The density of rows, and new rows, in the units of the table; needs JAX and NumPy.
@@ -20,6 +20,8 @@ A model with given columns takes them as (N, C), with the columns table.GIVEN:
     table.sample(given=given, seed=0)   # one row for each
 """
 
+import functools
+import hashlib
 import json
 import pathlib
 
@@ -38,9 +40,12 @@ COLUMNS = [column["name"] for column in _ALL]
 GIVEN = [column["name"] for column in _ALL_GIVEN]
 
 
+@functools.cache
 def _load(name):
-    data = bytearray((_FOLDER / name).read_bytes())
-    return jax.jit(jax.export.deserialize(data).call)
+    data = (_FOLDER / name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != _ABOUT["checksums"][name]:
+        raise ValueError(f"{_FOLDER / name} is damaged, or of another export; export anew.")
+    return jax.jit(jax.export.deserialize(bytearray(data)).call)
 
 
 def _standardise(rows, columns):
@@ -58,11 +63,20 @@ def _conditions(given):
     return (_standardise(given, _ALL_GIVEN),)
 
 
+def _onto_grid(x, origin, step):
+    """The nearest points origin + k * step, as short decimals where the grid has them."""
+    points = origin + np.round((x - origin) / step) * step
+    for digits in range(13):
+        if round(step, digits) == step and round(origin, digits) == origin:
+            return np.round(points, digits)
+    return points
+
+
 def _restore(column, z):
     """Back to the table's units, onto the values that a column of ties can take."""
     x = column["location"] + column["scale"] * np.asarray(z, float)
     if column["step"] > 0:
-        x = column["origin"] + np.round((x - column["origin"]) / column["step"]) * column["step"]
+        x = _onto_grid(x, column["origin"], column["step"])
     if column["levels"]:
         levels = np.array(column["levels"])
         nearest = levels[np.abs(x[:, None] - levels).argmin(axis=1)]
@@ -122,6 +136,4 @@ def export_table(model: TableFlow, path: PathLike) -> Path:
         "columns": [dataclasses.asdict(column) for column in schema.columns],
         "given": [dataclasses.asdict(column) for column in schema.given],
     }
-    folder = export(model.flow, path, meta=meta)
-    atomic_write(folder / "table.py", _SCRIPT.encode())
-    return folder
+    return write_export(model.flow, path, ("cpu",), 0, meta, {"table.py": _SCRIPT.encode()})

@@ -1,0 +1,64 @@
+"""The script of an exported table: the same units, the same values of ties, whole files only."""
+
+import importlib.util
+
+import jax.random as jr
+import numpy as np
+import pytest
+
+from laminar.bijections.base import Identity
+from laminar.distributions import Normal
+from laminar.flow import Flow
+from laminar.tables.export import export_table
+from laminar.tables.flow import TableFlow
+from laminar.tables.schema import learn_schema
+from laminar.tables.table import Table
+
+pytest.importorskip("flatbuffers")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model of tenths, of two heavy values, of halves and thirds, and of a constant."""
+    rng = np.random.default_rng(0)
+    heavy = np.where(rng.random(300) < 0.5, rng.normal(size=300), rng.choice([0.0, 0.7], 300))
+    columns = (rng.integers(0, 9, 300) * 0.1, heavy, rng.choice([0.5, 1 / 3, 2], 300), np.ones(300))
+    table = Table(("tenth", "heavy", "level", "one"), np.stack(columns, axis=1))
+    schema = learn_schema(table)
+    model = TableFlow(Flow(Normal((3,)), Identity((3,))), schema)
+    return table, model, export_table(model, tmp_path_factory.mktemp("table") / "out")
+
+
+def script(folder):
+    spec = importlib.util.spec_from_file_location("exported_table", folder / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_scores_and_restores_alike(exported):
+    table, model, folder = exported
+    module = script(folder)
+    np.testing.assert_allclose(
+        module.log_density(table.values), model.log_prob(table), rtol=1e-5, atol=1e-5
+    )
+    z = np.asarray(jr.normal(jr.key(0), (2000, 3)))
+    for i, column in enumerate(model.schema.modelled):
+        about = next(c for c in module._ALL if c["name"] == column.name)
+        np.testing.assert_array_equal(module._restore(about, z[:, i]), column.restore(z[:, i]))
+    drawn = module.sample(500)[:, 0]
+    assert set(drawn) <= {round(k / 10, 1) for k in range(-60, 61)}
+    assert module._load("sample.bin") is module._load("sample.bin")
+
+
+def test_the_script_refuses_what_is_damaged(exported):
+    _, _, folder = exported
+    whole = (folder / "log_prob.bin").read_bytes()
+    (folder / "log_prob.bin").write_bytes(whole[:-1] + b"?")
+    module = script(folder)
+    with pytest.raises(ValueError, match="damaged"):
+        module.log_density(np.zeros((1, 4)))
+    (folder / "log_prob.bin").write_bytes(whole)
+    assert np.isfinite(module.log_density(np.ones((1, 4))))
