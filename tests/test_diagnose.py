@@ -26,7 +26,7 @@ from laminar.diagnose import check, integrate
 from laminar.diagnose.integrate import Scale
 from laminar.distributions import Normal, StudentT, Uniform
 from laminar.flow import Flow
-from laminar.mixtures import GaussianMixture
+from laminar.mixtures import GaussianMixture, Mixture
 from laminar.zoo import nsf
 
 KEY = jr.key(0)
@@ -406,3 +406,14 @@ def test_proposals_integrate_to_one():
         phi = Scale.of(drawn).statistics(drawn, proposal.log_density(drawn))
         z = (phi.mean(0) - found.means) / (phi.std(0) / 64)
         assert np.abs(z).max() < 5
+
+
+def test_a_faulty_flow_inside_is_found():
+    bad = Flow(Normal(2), Faulty("inverse"))
+    for whole in (Flow(Mixture([Normal(2), bad]), Affine(shape=(2,))), Mixture([bad, Normal(2)])):
+        report = check(whole, key=jr.key(0), n=64)
+        line = report["data → latent → data"]
+        assert line.passed is False
+        assert "component" in line.detail
+    fine = Flow(Normal(2), Affine(loc=1.0, scale=2.0, shape=(2,)))
+    assert check(Mixture([fine, Normal(2)]), key=jr.key(0), n=256).passed

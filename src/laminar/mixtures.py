@@ -268,6 +268,16 @@ class Mixture(AbstractDistribution):
             return self, condition
         return super()._encode(condition, batch, batch_size)
 
+    def parts(self) -> list[AbstractDistribution]:
+        """The components one by one, stacked ones taken apart."""
+        if isinstance(self.components, tuple):
+            return [_bare(part) for part in self.components]
+        whole = _bare(self.components)
+        return [
+            jtu.tree_map(lambda x, i=i: x[i] if eqx.is_array(x) else x, whole)
+            for i in range(self.logits.size)
+        ]
+
     def _keep(self, chosen, drawn, x):
         """Take the drawn events where chosen; the event axes stand in front."""
         return jnp.where(chosen.reshape((1,) * len(self.shape) + chosen.shape), drawn, x)

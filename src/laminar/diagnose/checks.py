@@ -34,11 +34,13 @@ from laminar.diagnose.integrate import Scale
 from laminar.diagnose.measure import NAMES, Measure, badness
 from laminar.diagnose.report import CheckReport, Line
 from laminar.flow import Flow
+from laminar.mixtures import Mixture
 
 _BUDGETS = {8: 1e-6, 4: 1e-3, 2: 1e-1}
 """Relative budget by bytes of a number."""
 _ON_THE_EDGE = 0.01
 """Share of samples that rounding may put on the edge of a bounded support."""
+_INNER_SAMPLES = 128
 _MAX_JACOBIAN = 4096
 _MAX_INTEGRAL = 512
 
@@ -55,6 +57,7 @@ def check(
 
     - Round trips: data → latent → data and latent → data → latent.
     - The log-dets of the two directions are each other's negatives.
+    - The same for every flow inside the base or a mixture, at its own samples.
     - The log-det of every step is that of its Jacobian by automatic differentiation, at 64 points
       or fewer (4096 / D), and their sum is the whole map's.
     - `log_prob` agrees with `sample_and_log_prob` on the latter's samples.
@@ -105,7 +108,8 @@ class _Check:
         self.budget = _BUDGETS[self.dtype.itemsize]
         self.lines: list[Line] = []
         self.exact = flow.exactness == "exact"
-        sample_key, self.gradient_key, self.integral_key, estimate_key, seed_key = jr.split(key, 5)
+        sample_key, self.gradient_key, self.integral_key, estimate_key, *rest = jr.split(key, 6)
+        seed_key, self.inner_key = rest
         # Choices are made on the host: every random function of JAX would be compiled first.
         self.rng = np.random.default_rng(np.asarray(jr.key_data(seed_key)))
         self.estimate_key = None if self.exact else estimate_key
@@ -155,6 +159,7 @@ class _Check:
         gradients = self.gradients_at(self.x, self.pick)
         if isinstance(self.flow, Flow):
             self.trips()
+        self.components()
         self.agreement(gradients)
         self.integral()
         self.gradients(gradients)
@@ -202,7 +207,7 @@ class _Check:
             return
         down = worst(probes.asymmetry(z, x_again, self.dim))
         up = worst(probes.asymmetry(x_again, z_again, self.dim))
-        self.add("log-det both ways", max(down, up) if down == down else down, self.budget)
+        self.add("log-det both ways", np.maximum(down, up), self.budget)
         self.jacobians(flow, z.points, x_again.log_det, condition, inside, sampled)
 
     def jacobians(self, flow, latent, whole, condition, inside, sampled) -> None:
@@ -225,10 +230,35 @@ class _Check:
             error = (np.abs(found.log_det - found.exact) / (self.dim + found.excess)).max()
             if not error <= worst:
                 worst, where = float(error), f"worst in step {k + 1} of {len(steps)}, {names[k]}"
+            if math.isnan(worst):
+                return self.add(name, worst, self.budget, where if len(steps) > 1 else "")
         error = (np.abs(whole[chosen] - total) / (self.dim * len(steps) + slack)).max()
         if not error <= max(worst, self.budget):
             worst, where = float(error), "the whole is not the sum of its steps"
         return self.add(name, worst, self.budget, where if len(steps) > 1 else "")
+
+    def components(self) -> None:
+        """The maps of the flows inside a base or a mixture, each at its own samples.
+
+        They take the place of the lines so far where they are worse, and are named there.
+        """
+        flow, given = self.flow, self.at(self.pick)
+        if given is not None:
+            flow, given = flow._encode(given, (self.n,), None)
+        n = min(self.n, _INNER_SAMPLES)
+        for name, inner in _inner_flows(flow):
+            condition = None
+            if inner.cond_shape is not None:
+                condition = jtu.tree_map(lambda c: c[:n], given)
+            own = _Check(inner, self.inner_key, n, None, condition)
+            own.trips()
+            for line in own.lines:
+                line = line._replace(detail=f"in {name}{': ' if line.detail else ''}{line.detail}")
+                places = [i for i, kept in enumerate(self.lines) if kept.name == line.name]
+                if not places:
+                    self.lines.append(line)
+                elif badness(line) > badness(self.lines[places[0]]):
+                    self.lines[places[0]] = line
 
     # --- The density ------------------------------------------------------------------------------
 
@@ -306,6 +336,22 @@ class _Check:
                     where = f"first in flow{jtu.keystr(path)}"
                 bad += count
         self.add(name, bad, 0.0, where)
+
+
+def _inner_flows(dist: AbstractDistribution, name: str = "") -> list[tuple[str, Flow]]:
+    """The flows inside a distribution, with where they stand."""
+    if isinstance(dist, Flow):
+        inner = [(f"{name}base", dist._base)]
+    elif isinstance(dist, Mixture):
+        inner = [(f"{name}component {i}", part) for i, part in enumerate(dist.parts())]
+    else:
+        return []
+    found: list[tuple[str, Flow]] = []
+    for place, part in inner:
+        if isinstance(part, Flow):
+            found.append((place, part))
+        found += _inner_flows(part, f"{place}, ")
+    return found
 
 
 def _rows_of_condition(flow: AbstractDistribution, condition: Condition) -> tuple[Any, int]:
