@@ -12,6 +12,7 @@ import pytest
 from laminar import _files
 from laminar._errors import InputError
 from laminar._files import atomic_write, check_writable
+from laminar.io import load, save
 
 
 @pytest.fixture
@@ -83,3 +84,42 @@ def test_writers_of_one_name_do_not_mix(path):
         thread.join()
     assert path.read_bytes() in contents
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
+    save(path, 1)
+    before = path.read_bytes()
+    with pytest.raises(InputError):
+        save(path, lambda x: x)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        save(path, 2)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_unwritable_destinations(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        save(tmp_path, 1)
+    with pytest.raises(InputError, match="does not exist"):
+        save(tmp_path / "no" / "model.lam", 1)
+
+
+def test_permissions_and_links(path):
+    mask = os.umask(0o027)
+    try:
+        save(path, 1)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.chmod(0o600)
+    link = path.with_name("link.lam")
+    link.symlink_to(path)
+    save(link, 2)
+    assert link.is_symlink()
+    assert load(path) == 2
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
