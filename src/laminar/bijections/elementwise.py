@@ -238,6 +238,7 @@ class Affine(AbstractElementwise):
 
     Raises:
         InputError: If a scale is not positive or not within the bound.
+        ShapeError: If the shapes cannot be broadcast.
     """
 
     params: Array

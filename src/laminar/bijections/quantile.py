@@ -1,15 +1,16 @@
 """A monotone spline through given knots, one for each column: quantiles to quantiles."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
-from laminar._params import expand
+from laminar._params import Frozen, expand
 from laminar._typing import Array, ArrayLike, Shape
 from laminar.bijections.base import AbstractBijection
+from laminar.bijections.splines import rational_place, rational_share
 
 
 class QuantileMap(AbstractBijection):
@@ -24,6 +25,8 @@ class QuantileMap(AbstractBijection):
     When the z_k are normal quantiles and the x_k those of a table, the inverse makes every column
     nearly normal, whatever its tails, skew and lumps.
 
+    The knots are held `Frozen`, since training could make them cross.
+
     Args:
         z: Latent knots (K, D), increasing along the first axis.
         x: Data knots (K, D), increasing.
@@ -34,32 +37,25 @@ class QuantileMap(AbstractBijection):
         InputError: If knots do not increase or a slope is not positive.
     """
 
-    z: Array
-    x: Array
-    slope: Array
+    z: Frozen[Array]
+    x: Frozen[Array]
+    slope: Frozen[Array]
     in_shape: Shape = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
 
     def __init__(self, z: ArrayLike, x: ArrayLike, slope: ArrayLike):
-        self.z, self.x, self.slope = (jnp.asarray(v) for v in (z, x, slope))
-        if not (self.z.shape == self.x.shape == self.slope.shape) or self.z.ndim != 2:
+        z, x, slope = (jnp.asarray(v) for v in (z, x, slope))
+        if not (z.shape == x.shape == slope.shape) or z.ndim != 2:
             raise ShapeError(
-                f"QuantileMap: z {self.z.shape}, x {self.x.shape} and slope {self.slope.shape} "
+                f"QuantileMap: z {z.shape}, x {x.shape} and slope {slope.shape} "
                 "must have one shape (knots, columns)."
             )
-        if self.z.shape[0] < 2:
-            raise ShapeError(f"QuantileMap needs at least two knots, not {self.z.shape[0]}.")
-        self._check_values()
-        self.in_shape, self.cond_shape = self.z.shape[1:], None
-
-    def _check_values(self):
-        if any(isinstance(v, Tracer) for v in (self.z, self.x, self.slope)):
-            return
-        if not bool((jnp.diff(self.z, axis=0) > 0).all() & (jnp.diff(self.x, axis=0) > 0).all()):
-            raise InputError("QuantileMap: knots must increase along the first axis.")
-        if not bool((self.slope > 0).all()):
-            raise InputError("QuantileMap: every slope must be positive.")
+        if z.shape[0] < 2:
+            raise ShapeError(f"QuantileMap needs at least two knots, not {z.shape[0]}.")
+        _check_values(z, x, slope)
+        self.z, self.x, self.slope = Frozen(z), Frozen(x), Frozen(slope)
+        self.in_shape, self.cond_shape = z.shape[1:], None
 
     @property
     def out_shape(self) -> Shape:
@@ -68,41 +64,60 @@ class QuantileMap(AbstractBijection):
 
     def forward(self, x, condition=None, *, key=None):
         """Latent to data, with the summed ln dx/dz."""
-        left, right, t, secant, s_left, s_right, beyond = _bin(self.z, self.x, self.slope, x)
-        bottom = secant + (s_left + s_right - 2 * secant) * t * (1 - t)
-        y = left + (right - left) * (secant * t * t + s_left * t * (1 - t)) / bottom
-        log_det = _log_slope(t, secant, s_left, s_right, bottom)
-        return y + beyond, log_det.sum(0)
+        found = _bin(self.z.value, self.x.value, self.slope.value, x)
+        share, log_slope = rational_share(
+            found.place, found.rest, jnp.ones_like(x), found.s_left, found.s_right
+        )
+        return found.image(share), (log_slope + found.log_secant).sum(0)
 
     def inverse(self, y, condition=None, *, key=None):
-        """Data to latent, with the summed ln dz/dx: the cancellation-free root of a quadratic."""
-        left, right, r, secant, s_left, s_right, beyond = _bin(self.x, self.z, self.slope, y, True)
-        # With r = (x − x_k) / (x_{k+1} − x_k) the forward formula is a t² + b t + c = 0.
-        bend = s_left + s_right - 2 * secant
-        a = secant - s_left + r * bend
-        b = s_left - r * bend
-        c = -secant * r
-        root = jnp.sqrt(jnp.maximum(b * b - 4 * a * c, 0))
-        denominator = b + root
-        safe = jnp.where(denominator > 0, denominator, 1)
-        t = jnp.clip(jnp.where(denominator > 0, -2 * c / safe, 0), 0, 1)
-        bottom = secant + bend * t * (1 - t)
-        log_det = _log_slope(t, secant, s_left, s_right, bottom)
-        return left + (right - left) * t + beyond, -log_det.sum(0)
+        """Data to latent, with the summed ln dz/dx."""
+        found = _bin(self.x.value, self.z.value, self.slope.value, y, True)
+        place, log_slope = rational_place(
+            found.place, found.rest, jnp.ones_like(y), found.s_left, found.s_right
+        )
+        return found.image(place), -(log_slope + found.log_secant).sum(0)
 
 
-def _log_slope(t, secant, s_left, s_right, bottom):
-    top = s_right * t * t + 2 * secant * t * (1 - t) + s_left * (1 - t) ** 2
-    return jnp.log(top) + 2 * jnp.log(secant) - 2 * jnp.log(bottom)
+def _check_values(z, x, slope):
+    if any(isinstance(v, Tracer) for v in (z, x, slope)):
+        return
+    if not bool((jnp.diff(z, axis=0) > 0).all() & (jnp.diff(x, axis=0) > 0).all()):
+        raise InputError("QuantileMap: knots must increase along the first axis.")
+    if not bool((slope > 0).all()):
+        raise InputError("QuantileMap: every slope must be positive.")
+
+
+class _Bin(NamedTuple):
+    """The bin of each value.
+
+    Attributes:
+        place: Where in the bin the value is, in [0, 1].
+        rest: 1 − place, from the distance to the far knot, hence with all its digits.
+        log_secant: Ln of the bin's secant dx/dz.
+        s_left: Slope dx/dz at the left knot over the secant, so that units do not matter.
+        s_right: Likewise at the right knot.
+        low: Target knot on the left.
+        size: Distance to the target knot on the right.
+        beyond: What the linear tails add to the result.
+    """
+
+    place: Array
+    rest: Array
+    log_secant: Array
+    s_left: Array
+    s_right: Array
+    low: Array
+    size: Array
+    beyond: Array
+
+    def image(self, share: Array) -> Array:
+        """The point at this share of the target bin, and what lies beyond the last knots."""
+        return self.low + self.size * share + self.beyond
 
 
 def _bin(source, target, slope, value, inverse=False):
-    """The bin of each value, its place in it, and what the linear tails add.
-
-    Returns:
-        Target knots on both sides, the place in [0, 1], secant and slopes dx/dz (whichever way the
-        map is read), and the part of the result that lies beyond the outermost knots.
-    """
+    """Find the bin of each value; `slope` is dx/dz whichever way the map is read."""
     shape = value.shape
     flat = value.reshape((shape[0], -1))
     inner = source[1:-1]
@@ -114,10 +129,25 @@ def _bin(source, target, slope, value, inverse=False):
     low, high = at(source, 0), at(source, 1)
     left, right = at(target, 0), at(target, 1)
     secant = (high - low) / (right - left) if inverse else (right - left) / (high - low)
-    place = jnp.clip((value - low) / (high - low), 0, 1)
     first, last = (expand(v, value.ndim) for v in (source[0], source[-1]))
     s_first, s_last = (expand(v, value.ndim) for v in (slope[0], slope[-1]))
     if inverse:
         s_first, s_last = 1 / s_first, 1 / s_last
     below, above = jnp.minimum(value - first, 0), jnp.maximum(value - last, 0)
-    return left, right, place, secant, at(slope, 0), at(slope, 1), below * s_first + above * s_last
+    width = high - low
+    return _Bin(
+        place=_fraction(value - low, width),
+        rest=_fraction(high - value, width),
+        log_secant=jnp.log(secant),
+        s_left=at(slope, 0) / secant,
+        s_right=at(slope, 1) / secant,
+        low=left,
+        size=right - left,
+        beyond=below * s_first + above * s_last,
+    )
+
+
+def _fraction(part: Array, whole: Array) -> Array:
+    """Share of the whole, held in [0, 1], with derivative 1 / whole at both ends."""
+    share = part / whole
+    return jnp.where(share < 0, 0.0, jnp.where(share > 1, 1.0, share))

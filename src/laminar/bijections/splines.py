@@ -105,7 +105,7 @@ class RationalQuadratic(AbstractElementwise):
         return self._finish(x, inside, y_left + height * share, log_slope, left, right, 1.0)
 
     def inverse_kernel(self, params, y):
-        """The root of the quadratic that each y makes with its bin, and the log-derivative there."""
+        """The root of the quadratic that each y makes with its bin, and its log-derivative."""
         inside = _clip(y, *self.interval)
         x_left, width, y_left, height, left, right = self._bin(params, inside, True)
         eta = _clip((inside - y_left) / height, 0.0, 1.0)
