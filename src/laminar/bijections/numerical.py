@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -42,12 +43,17 @@ def monotone_root(
         domain: Closed interval on which f may be evaluated; the bracket stays within it.
 
     Returns:
-        x of the shape and dtype of `y`; NaN wherever no bracket was found, as when y is not in the
-        range of f.
+        x of the shape and dtype of `y`. Where f does not reach y, x is the end of the domain (or
+        of the search) on that side, with derivative zero; NaN where f or y is NaN.
 
     Raises:
         InputError: If the bracket is not an increasing finite interval within the domain.
     """
+    return _solve(f, params, y, bracket, domain)[0]
+
+
+def _solve(f, params, y, bracket, domain):
+    """The root, and whether y lies outside what f reaches."""
     lo, hi = bracket
     if not (-math.inf < lo < hi < math.inf and domain[0] <= lo and hi <= domain[1]):
         raise InputError(
@@ -56,21 +62,45 @@ def monotone_root(
         )
 
     def one(params, y):
-        return _root(f, params, y, (bracket, domain))
+        # The search is outside the derivative rule, so nothing in it may carry a derivative.
+        still = jax.tree_util.tree_map(
+            lambda v: lax.stop_gradient(v) if eqx.is_inexact_array(v) else v, (f, params, y)
+        )
+        search = _find_bracket(*still, bracket, domain)
+        return _root(f, params, y, search), search.outside
 
     for _ in range(y.ndim):
         one = jax.vmap(one, in_axes=-1, out_axes=-1)
     return one(jnp.broadcast_to(params, (params.shape[0], *y.shape)), y)
 
 
+class _Search(NamedTuple):
+    """What the search for a bracket found.
+
+    Attributes:
+        lower: Where f is at most y, if `held`.
+        upper: Where f is at least y, if `held`.
+        held: Whether the root lies between the two.
+        outside: Whether y is beyond what f reaches.
+        end: The clamped point for a y outside.
+        centre: A point of the domain where f may always be evaluated.
+    """
+
+    lower: Array
+    upper: Array
+    held: Array
+    outside: Array
+    end: Array
+    centre: Array
+
+
 @eqx.filter_custom_jvp
-def _root(f, params, y, options):
-    bracket, domain = options
+def _root(f, params, y, search):
+    lower, upper = search.lower, search.upper
 
     def residual(x, _=None):
         return f(params, x) - y
 
-    lower, upper, found = _find_bracket(residual, y.dtype, bracket, domain)
     eps = float(jnp.finfo(y.dtype).eps)
     solution = optx.root_find(
         residual,
@@ -86,36 +116,41 @@ def _root(f, params, y, options):
         step = x - value / slope
         better = (step >= lower) & (step <= upper) & (jnp.abs(residual(step)) <= jnp.abs(value))
         x = jnp.where(better, step, x)
-    return jnp.where(found, x, jnp.nan)
+    return jnp.where(search.held, x, jnp.where(search.outside, search.end, jnp.nan))
 
 
 @_root.def_jvp
 def _root_jvp(primals, tangents):
-    f, params, y, options = primals
+    f, params, y, search = primals
     f_dot, params_dot, y_dot, _ = tangents
-    x = _root(f, params, y, options)
+    x = _root(f, params, y, search)
+    # At a clamped point f may have no finite derivative; what is computed there is not used.
+    point = jnp.where(search.outside, search.centre, x)
 
     def at_root(f, params):
-        return f(params, x)
+        return f(params, point)
 
     _, value_dot = eqx.filter_jvp(at_root, (f, params), (f_dot, params_dot))
-    _, slope = jax.jvp(lambda x: f(params, x), (x,), (jnp.ones_like(x),))
+    _, slope = jax.jvp(lambda x: f(params, x), (point,), (jnp.ones_like(x),))
     change = jnp.zeros_like(x)
     if y_dot is not None:
         change = change + y_dot
     if value_dot is not None:
         change = change - value_dot
-    return x, change / slope
+    # Flat to rounding, as where a bounded map reaches its limit: no derivative can be told.
+    still = search.outside | (slope <= 0)
+    return x, jnp.where(still, 0.0, change / jnp.where(still, 1.0, slope))
 
 
-def _find_bracket(residual, dtype, bracket, domain):
+def _find_bracket(f, params, y, bracket, domain) -> _Search:
     """Move an interval outwards until it holds the root, each time leaving the part searched."""
+    dtype = y.dtype
     lowest = max(domain[0], -0.5 * float(jnp.finfo(dtype).max))
     highest = min(domain[1], 0.5 * float(jnp.finfo(dtype).max))
     lower, upper = jnp.asarray(bracket[0], dtype), jnp.asarray(bracket[1], dtype)
 
     def status(lower, upper):
-        return residual(lower) > 0, residual(upper) < 0
+        return f(params, lower) > y, f(params, upper) < y
 
     def unsettled(state):
         count, lower, upper, _ = state
@@ -135,9 +170,14 @@ def _find_bracket(residual, dtype, bracket, domain):
             _GROWTH * step,
         )
 
+    centre = 0.5 * lower + 0.5 * upper
     start = (jnp.asarray(0), lower, upper, upper - lower)
     _, lower, upper, _ = lax.while_loop(unsettled, grow, start)
-    return lower, upper, (residual(lower) <= 0) & (residual(upper) >= 0)
+    below, above = status(lower, upper)
+    below, above = below | (y == -jnp.inf), above | (y == jnp.inf)
+    outside = below | above
+    held = (f(params, lower) <= y) & (f(params, upper) >= y) & ~outside
+    return _Search(lower, upper, held, outside, jnp.where(below, lower, upper), centre)
 
 
 class NumericalInverse(AbstractElementwise):
@@ -153,7 +193,8 @@ class NumericalInverse(AbstractElementwise):
         bracket: Where to look for a root first; it grows as needed.
         domain: Closed interval on which the kernel may be evaluated.
 
-    A y that the kernel does not reach gives NaN, never a wrong value.
+    A y that the kernel does not reach gives the end of the domain (or of the search) on that side,
+    and an x outside the domain the image of its end, both with a log-det of −inf.
     """
 
     params: Array
@@ -175,15 +216,19 @@ class NumericalInverse(AbstractElementwise):
         self.bracket, self.domain = bracket, domain
 
     def forward_kernel(self, params, x):
-        """``kernel(params, x)``."""
-        return self.kernel(params, x)
+        """``kernel(params, x)``; −inf outside the domain."""
+        lo, hi = self.domain
+        inside = jnp.where(x < lo, lo, jnp.where(x > hi, hi, x))
+        y, log_slope = self.kernel(params, inside)
+        return y, jnp.where(inside == x, log_slope, jnp.where(jnp.isnan(x), x, -jnp.inf))
 
     def inverse_kernel(self, params, y):
-        """The root of kernel(params, x) = y, and minus the log-slope there."""
+        """The root of kernel(params, x) = y, and minus the log-slope there; −inf out of reach."""
         value = _First(self.kernel)
-        x = monotone_root(value, params, y, bracket=self.bracket, domain=self.domain)
-        _, log_slope = self.kernel(params, x)
-        return x, -log_slope
+        x, outside = _solve(value, params, y, self.bracket, self.domain)
+        centre = 0.5 * self.bracket[0] + 0.5 * self.bracket[1]
+        _, log_slope = self.kernel(params, jnp.where(outside, centre, x))
+        return x, jnp.where(outside, -jnp.inf, -log_slope)
 
 
 class _First(eqx.Module):
