@@ -38,6 +38,7 @@ class Case(NamedTuple):
         image: The interval on which every input of `inverse` is valid.
         slack: Factor on the error budgets, for maps that amplify rounding; say why where it is
             not one.
+        edges: Further values at which gradients must be finite, such as knots.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     domain: tuple[float, float] = (-INF, INF)
     image: tuple[float, float] = (-INF, INF)
     slack: float = 1.0
+    edges: tuple[float, ...] = ()
 
 
 def randomise(bijection, key, scale: float = 1.0):
@@ -102,18 +104,46 @@ def _cubic(params, x):
 
 RQ = RationalQuadratic
 UNIT = {"interval": (0.0, 1.0), "tails": None}
+ENDS = (-5.0, 5.0)
+KNOTS = (-5.0, -2.5, 2.5, 5.0)
+
+
+def _even_knots(key):
+    """Knots at −5, −2.5, 0, 2.5 and 5 in x and y alike, with random slopes."""
+    spline = RQ(4, (2,), tails="linear")
+    return eqx.tree_at(lambda s: s.params, spline, randomise(spline, key).params.at[:8].set(0))
+
+
+def _even_widths(key):
+    """Knots at the same x, with random heights."""
+    spline = Linear(4, (2,), tails="linear")
+    return eqx.tree_at(lambda s: s.params, spline, randomise(spline, key).params.at[:4].set(0))
+
 
 SPLINES = [
-    Case("rational_quadratic", lambda key: randomise(RQ(8, (3,)), key)),
-    Case("rational_quadratic_lines", lambda key: randomise(RQ(5, (2,), tails="linear"), key)),
+    Case("rational_quadratic", lambda key: randomise(RQ(8, (3,)), key), edges=ENDS),
+    Case("rational_quadratic_lines", _even_knots, edges=KNOTS),
     Case("rational_quadratic_unit", lambda key: randomise(RQ(4, **UNIT), key), (0, 1), (0, 1)),
-    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key)),
-    Case("linear_spline_lines", lambda key: randomise(Linear(5, tails="linear"), key)),
+    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
+    Case("linear_spline_lines", _even_widths, edges=KNOTS),
     Case("linear_spline_unit", lambda key: randomise(Linear(4, **UNIT), key), (0, 1), (0, 1)),
 ]
 
+
+@register("test_contract_moebius")
+def _moebius(params, x):
+    """y = c x / (1 + (c − 1) x) with c = e^a, of (0, 1) onto itself."""
+    bottom = 1 + jnp.expm1(params[0]) * x
+    return jnp.exp(params[0]) * x / bottom, params[0] - 2 * jnp.log(bottom)
+
+
+def _bounded_inverse(key):
+    return NumericalInverse(_moebius, jr.normal(key, (1, 2)), bracket=(0.0, 1.0), domain=(0.0, 1.0))
+
+
 NUMERICAL = [
     Case("numerical_inverse", lambda key: NumericalInverse(_cubic, jr.normal(key, (2, 2)))),
+    Case("numerical_bounded", _bounded_inverse, (0, 1), (0, 1)),
 ]
 
 COMPOSED = [
@@ -233,10 +263,11 @@ AUTOREGRESSIVE = [
 def _quantile_map(key):
     z_key, x_key, slope_key = jr.split(key, 3)
     z, x = (jnp.cumsum(jnp.exp(0.5 * jr.normal(k, (6, 3))), axis=0) - 3.0 for k in (z_key, x_key))
+    z, x = (v.at[:, 0].set(jnp.arange(-2.0, 4.0)) for v in (z, x))  # knots that edges can name
     return QuantileMap(z, x, jnp.exp(0.5 * jr.normal(slope_key, (6, 3))))
 
 
-QUANTILE = [Case("quantile_map", _quantile_map)]
+QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0))]
 
 # Other tiers append their lists here.
 CASES: list[Case] = [

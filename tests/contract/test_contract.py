@@ -25,6 +25,7 @@ def test_contract(case):
         other=case.make(other_key),
         domain=case.domain,
         image=case.image,
+        edges=case.edges,
         slack=case.slack,
     )
     assert report.passed
