@@ -142,6 +142,7 @@ def test_shapes_follow_arguments():
         lambda: Power(-1.0),
         lambda: SinhArcsinh(tail=0.0),
         lambda: LeakyTanh(bound=0.0),
+        lambda: LeakyTanh(bound=4.5),
     ],
 )
 def test_bad_options(make):
@@ -171,3 +172,35 @@ def test_as_elementwise_of_an_inverse():
 def test_as_elementwise_refuses_vectors():
     with pytest.raises(ShapeError, match="scalars"):
         as_elementwise(Chain([Permute([1, 0])]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Affine(jnp.zeros(2), shape=(3,)),
+        lambda: Affine(jnp.zeros(2), jnp.ones(3)),
+        lambda: Affine(jnp.zeros((2, 3)), shape=(3,)),
+        lambda: Shift(jnp.zeros(2), shape=(3,)),
+        lambda: Power(jnp.ones(2), shape=(3,)),
+        lambda: SinhArcsinh(jnp.zeros(2), shape=(3,)),
+    ],
+)
+def test_shapes_that_do_not_fit(make):
+    with pytest.raises(ShapeError, match="broadcast"):
+        make()
+
+
+def test_composed_keeps_its_parameters_once():
+    composed = as_elementwise(Chain([Affine(0.3, 2.0), SinhArcsinh(0.5, 0.7), Shift(0.1)]))
+    arrays = jax.tree_util.tree_leaves(eqx.filter(composed, eqx.is_array))
+    assert sum(a.size for a in arrays) == composed.params.size == 5
+    y, _ = composed.forward(jnp.float32(0.4))
+    np.testing.assert_allclose(composed.inverse(y)[0], 0.4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("raw", [-1e30, -200.0])
+def test_scales_do_not_underflow(raw):
+    params = jnp.array([0.0, raw])
+    x, log_det = Affine().inverse_kernel(params, jnp.float32(0.0))
+    assert bool(jnp.isfinite(x))
+    assert bool(jnp.isfinite(log_det))

@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laminar._errors import InputError
-from laminar.bijections.splines import Linear, RationalQuadratic
+from laminar.bijections.splines import (
+    Linear,
+    RationalQuadratic,
+    rational_place,
+    rational_share,
+)
 
 TAILS = ["identity", "linear", None]
 KINDS = [RationalQuadratic, Linear]
@@ -202,6 +207,55 @@ def test_float32_error():
     assert np.median(error) < 1e-6
     assert np.quantile(error, 0.99) < 1e-5
     assert error.max() < 1e-3
+
+
+@pytest.mark.parametrize(("scale", "worst"), [(2.0, 2e-3), (5.0, 1e-2), (3.0, 1e-2), (20.0, 1e-2)])
+def test_inverse_in_float32_at_steep_slopes(scale, worst):
+    """What remains is the rounding of the knots' positions."""
+    template = RationalQuadratic(8)
+    with jax.enable_x64(True):
+        params = (scale * _random(template, jr.key(0), (20000,))).astype("float32")
+        y = (2 * jr.normal(jr.key(1), (20000,))).astype("float32")
+        kernel = jax.jit(lambda params, y: template.inverse_kernel(params, y)[1])
+        wide = kernel(params.astype("float64"), y.astype("float64"))
+        error = np.abs(np.asarray(kernel(params, y), np.float64) - np.asarray(wide))
+    assert np.quantile(error, 0.999) < 3e-4
+    assert error.max() < worst
+
+
+@pytest.mark.parametrize("ends", [(1e-3, 1e-3), (1e-6, 50.0), (50.0, 1e-6), (50.0, 50.0)])
+@pytest.mark.parametrize("near", [0.0, 1e-6, 0.3, 0.5])
+def test_both_readings_of_a_bin_agree(ends, near):
+    """In float32, close to either knot, where one of the end slopes is far from the secant."""
+    left, right = (jnp.float32(v) for v in ends)
+    one, near = jnp.float32(1), jnp.float32(near)
+    for theta, rest in ((near, 1 - near), (1 - near, near)):
+        with jax.enable_x64(True):
+            wide = [jnp.asarray(v, "float64") for v in (theta, rest, one, left, right)]
+            share, log_slope = rational_share(*wide)
+            inverse = [jnp.float32(v) for v in (share, 1 - share)]
+        place, back = rational_place(*inverse, one, left, right)
+        slope = float(jnp.exp(log_slope))
+        np.testing.assert_allclose(place, theta, atol=1e-6 * max(1, 1 / slope), rtol=1e-5)
+        grad = jax.grad(lambda *a: sum(rational_place(*a)), argnums=(0, 1, 2, 3, 4))
+        assert all(bool(jnp.isfinite(g)) for g in grad(*inverse, one, left, right))
+        assert bool(jnp.isfinite(back))
+
+
+@pytest.mark.parametrize("kernel", ["forward_kernel", "inverse_kernel"])
+def test_derivative_at_knots_and_in_the_middle_of_a_bin_is_one_for_the_identity(kernel):
+    template = RationalQuadratic(4)
+    x = jnp.array([-6.0, -5.0, -3.75, -2.5, -1.25, 0.0, 2.5, 3.75, 5.0, 7.0])
+    run = getattr(template, kernel)
+    slopes = jax.grad(lambda x: run(template.params[:, None], x)[0].sum())(x)
+    np.testing.assert_allclose(slopes, 1, atol=1e-5)
+
+
+def test_raw_slopes_beyond_the_limit_are_drawn_back():
+    template = RationalQuadratic(2)
+    params = template.params.at[-1].set(60.0)
+    grad = jax.grad(lambda p: template.forward_kernel(p, jnp.float32(0.0))[1])(params)
+    assert float(grad[-1]) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
