@@ -1,5 +1,7 @@
 """Numerical inversion: brackets, precision, implicit gradients, and honest failure."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -115,3 +117,52 @@ def test_bad_brackets(bracket):
         monotone_root(
             _value, jnp.zeros((2,)), jnp.float32(0.0), bracket=bracket, domain=(-1.0, 9.0)
         )
+
+
+def _squash(params, x):
+    """Of the whole line onto (-1, 1)."""
+    return jnp.tanh(x - params[0]), -2 * jnp.log(jnp.cosh(jnp.clip(x - params[0], -40.0, 40.0)))
+
+
+def _root(params, x):
+    """Of [0, ∞) onto itself, with an infinite slope at the domain's end."""
+    return jnp.sqrt(x) * jnp.exp(params[0]), params[0] - jnp.log(2.0) - 0.5 * jnp.log(x)
+
+
+@pytest.mark.parametrize("y", [-math.inf, -5.0, -1.0, 1.0, 5.0, math.inf])
+def test_beyond_a_bounded_image(y):
+    squash = NumericalInverse(_squash, jnp.array([0.5]))
+
+    def run(params, y):
+        return squash.inverse_kernel(params, y)
+
+    x, log_det = run(squash.params, jnp.float32(y))
+    assert bool(jnp.isfinite(x))
+    assert np.sign(x) == np.sign(y)
+    if abs(y) > 1:
+        assert float(log_det) == -math.inf
+    grads = jax.grad(lambda p, y: run(p, y)[0], (0, 1))(squash.params, jnp.float32(y))
+    assert all(bool(jnp.isfinite(g).all()) for g in grads)
+
+
+def test_outside_the_domain():
+    positive = NumericalInverse(_root, jnp.zeros(1), bracket=(0.5, 2.0), domain=(0.0, math.inf))
+    x, log_det = positive.inverse(jnp.float32(-1.0))
+    assert (float(x), float(log_det)) == (0.0, -math.inf)
+    np.testing.assert_allclose(positive.inverse(jnp.float32(3.0))[0], 9, rtol=1e-5)
+    y, log_det = positive.forward(jnp.float32(-1.0))
+    assert (float(y), float(log_det)) == (0.0, -math.inf)
+
+    def total(params):
+        return positive.inverse_kernel(params, jnp.float32(-1.0))[0]
+
+    assert bool(jnp.isfinite(jax.grad(total)(positive.params)).all())
+
+
+def test_nan_stays_nan():
+    def nowhere(params, x):
+        return x * jnp.nan, x
+
+    for kernel, y in ((_squash, jnp.nan), (nowhere, 1.0)):
+        x, log_det = NumericalInverse(kernel, jnp.zeros(1)).inverse(jnp.float32(y))
+        assert bool(jnp.isnan(x) & jnp.isnan(log_det))

@@ -43,17 +43,22 @@ def monotone_root(
         domain: Closed interval on which f may be evaluated; the bracket stays within it.
 
     Returns:
-        x of the shape and dtype of `y`. Where f does not reach y, x is the end of the domain (or
-        of the search) on that side, with derivative zero; NaN where f or y is NaN.
+        x of the shape and dtype of `y`; NaN wherever no bracket was found, as when y is not in the
+        range of f.
 
     Raises:
         InputError: If the bracket is not an increasing finite interval within the domain.
     """
-    return _solve(f, params, y, bracket, domain)[0]
+    x, outside = _solve(f, params, y, bracket, domain)
+    return jnp.where(outside, jnp.nan, x)
 
 
 def _solve(f, params, y, bracket, domain):
-    """The root, and whether y lies outside what f reaches."""
+    """The root, and whether y is out of reach.
+
+    Out of reach the root is the end of the domain, or of the search, on that side, with derivative
+    zero. It is NaN where f or y is NaN.
+    """
     lo, hi = bracket
     if not (-math.inf < lo < hi < math.inf and domain[0] <= lo and hi <= domain[1]):
         raise InputError(
@@ -63,10 +68,10 @@ def _solve(f, params, y, bracket, domain):
 
     def one(params, y):
         # The search is outside the derivative rule, so nothing in it may carry a derivative.
-        still = jax.tree_util.tree_map(
+        still_f, still_params, still_y = jax.tree_util.tree_map(
             lambda v: lax.stop_gradient(v) if eqx.is_inexact_array(v) else v, (f, params, y)
         )
-        search = _find_bracket(*still, bracket, domain)
+        search = _find_bracket(still_f, still_params, still_y, bracket, domain)
         return _root(f, params, y, search), search.outside
 
     for _ in range(y.ndim):
