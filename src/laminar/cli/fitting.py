@@ -148,8 +148,13 @@ def _print_fit(table: str, out: str, report: dict[str, Any]) -> None:
     print(f"held-out log-density   {with_error(report['held_out'])}")
     print(f"a Gaussian's           {with_error(report['gaussian'])}")
     print(f"({report['held_out_rows']:,} rows held out; nats a row, in the table's units)")
-    for entry in sorted(report["training"].get("parts", ()), key=lambda e: -e["weight"])[:4]:
+    parts = sorted(report["training"].get("parts", ()), key=lambda e: -e["weight"])
+    for entry in parts[:4]:
         print(f"{entry['weight']:7.1%}  {entry['name']}")
+    if parts[4:]:
+        print(f"{sum(entry['weight'] for entry in parts[4:]):7.1%}  {len(parts) - 4} others")
+    if report["training"].get("stop_reason") == "time limit":
+        print("the time limit ended the training; more time may give a better density")
     print(f"saved to {out}")
 
 

@@ -6,6 +6,7 @@ columns are made normal first. None is chosen: cross-validated log-densities giv
 usually much better.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -86,10 +87,13 @@ def candidates(
         plain, behind = sorted({0.1, 1.0, dim / 2 + 1, 2.0 * dim + 2}), sorted({1.0, dim / 2 + 1})
     else:
         plain = behind = list(priors)
-    paths = [[Spec("mixture", count, prior) for count in counts] for prior in plain]
-    paths += [[Spec("marginal", count, prior) for count in counts] for prior in behind]
-    paths += [[Spec("kernel", 0, width)] for width in widths]
-    return [*paths, [Spec("tail")]]
+    near = [[Spec("mixture", count, prior) for count in counts] for prior in plain]
+    behind_maps = [[Spec("marginal", count, prior) for count in counts] for prior in behind]
+    # In turn, so that a search cut short by a time limit has tried both kinds: without quantile
+    # maps one outlier can spoil a column.
+    turns = itertools.chain.from_iterable(itertools.zip_longest(behind_maps, near))
+    kernels = [[Spec("kernel", 0, width)] for width in widths]
+    return [*(path for path in turns if path), *kernels, [Spec("tail")]]
 
 
 def _latent(knots: Knots, x: np.ndarray, given: int) -> tuple[np.ndarray, np.ndarray]:
