@@ -119,18 +119,18 @@ class ConditionalMixture(AbstractDistribution):
         choice = jr.categorical(choice_key, lax.stop_gradient(self._cond_terms(c)), axis=0)
         noise = jr.normal(noise_key, (self.shape[0], rows), self.means.dtype)
 
+        identity = jnp.eye(self.shape[0], dtype=noise.dtype)
+
+        # One small inversion for each component, one by one; see `GaussianMixture._sample`.
         def component(x, part):
-            k, root, factor, mean = part
+            k, factor, mean = part
+            root = solve_triangular(factor[size:, size:], identity, lower=True)
             rest = noise - product(factor[size:, :size], c - mean[:size, None])
             drawn = mean[size:, None] + product(root, rest)
             return jnp.where((choice == k)[None, :], drawn, x), None
 
-        factors = self._factors()
-        identity = jnp.eye(self.shape[0], dtype=noise.dtype)
-        # Inverting K small factors once is far cheaper than K triangular solves of all rows.
-        roots = jax.vmap(lambda w: solve_triangular(w[size:, size:], identity, lower=True))(factors)
         numbers = jnp.arange(self.logits.size, dtype=choice.dtype)
-        parts = (numbers, roots, factors, self.means)
+        parts = (numbers, self._factors(), self.means)
         x, _ = lax.scan(component, jnp.zeros_like(noise), parts)
         return x.reshape(self.shape + batch)
 
