@@ -68,7 +68,13 @@ def test_path_follows_the_heaviest_deep_part_of_a_mixture(flow, rows):
     assert len(followed.path(jnp.zeros((1, 2))).points) == 6
     figure = plot_path(whole, rows, key=KEY)
     assert "weight 0.30" in figure.subfigs[1].get_suptitle()
-    assert _followed(flow) == (flow, None)
+    nested = laminar.Flow(flow, laminar.Affine(shape=(2,)))
+    followed, share = _followed(laminar.Flow(laminar.Mixture([shallow, nested]), shallow.bijection))
+    assert share == 0.5
+    assert len(followed.path(jnp.zeros((1, 2))).points) == 7
+    alone, share = _followed(flow)
+    assert share is None
+    assert jnp.array_equal(alone.log_prob(rows), flow.log_prob(rows))
 
 
 def test_path_of_a_table_is_in_the_tables_units(tmp_path):

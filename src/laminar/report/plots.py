@@ -317,28 +317,35 @@ def _subject(model: Any, data: Any, names: Sequence[str] | None, condition: Any)
 
 
 def _followed(flow: Any) -> tuple[Any, float | None]:
-    """The flow whose path is drawn, and its share if it is a part of a mixture."""
-    if not isinstance(flow, Flow):
-        flow = Flow(flow, Identity(flow.shape))
+    """The flow whose path is drawn, and its share if it is a part of a mixture.
+
+    A flow whose base is a flow becomes one flow of all steps; of a mixture the heaviest of the
+    parts with more than one step is followed.
+    """
     share = None
-    bijection, base = _bare(flow.bijection), _bare(flow.base)
-    while isinstance(base, Mixture) and isinstance(base.components, tuple):
-        parts = [_bare(part) for part in base.components]
-        weights = np.asarray(base.weights)
-
-        def rank(n: int, parts=parts, weights=weights) -> tuple[bool, float]:
-            deep = isinstance(parts[n], Flow) and len(step_names(_bare(parts[n].bijection))) > 1
-            return deep, float(weights[n])
-
-        best = max(range(len(parts)), key=rank)
-        share = float(weights[best]) * (1.0 if share is None else share)
-        base = parts[best]
-        if isinstance(base, Flow):
-            bijection = Chain([_bare(base.bijection), bijection])
+    maps, base = [], flow
+    while True:
+        if isinstance(base, Flow) and (base.embed is None or base is flow):
+            maps.insert(0, _bare(base.bijection))
             base = _bare(base.base)
-    if share is None:
-        return flow, None
-    return Flow(base, bijection, flow.embed, flow.cond_shape), share
+        elif isinstance(base, Mixture) and isinstance(base.components, tuple):
+            parts = [_bare(part) for part in base.components]
+            weights = np.asarray(base.weights)
+            best = max(range(len(parts)), key=lambda n: (_steps(parts[n]) > 1, weights[n]))
+            share = float(weights[best]) * (1.0 if share is None else share)
+            base = parts[best]
+        else:
+            break
+    whole = isinstance(flow, Flow)
+    embed, shape = (flow.embed, flow.cond_shape) if whole else (None, flow.cond_shape)
+    return Flow(base, Chain(maps or [Identity(flow.shape)]), embed, shape), share
+
+
+def _steps(part: Any) -> int:
+    """How many steps a part has, those of a base that is a flow included."""
+    if not isinstance(part, Flow):
+        return 0
+    return len(step_names(_bare(part.bijection))) + _steps(_bare(part.base))
 
 
 def _bare(part: Any) -> Any:
