@@ -7,6 +7,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from cases import randomise as draw
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import partition
@@ -25,14 +26,8 @@ TEMPLATES = {
 }
 
 
-def randomise(tree, key, scale=0.3):
-    trained, rest = partition(tree)
-    leaves, treedef = jtu.tree_flatten(trained)
-    drawn = [
-        scale * jr.normal(k, x.shape, x.dtype)
-        for k, x in zip(jr.split(key, len(leaves)), leaves, strict=True)
-    ]
-    return eqx.combine(jtu.tree_unflatten(treedef, drawn), rest)
+def randomise(tree, key):
+    return draw(tree, key, 0.3)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

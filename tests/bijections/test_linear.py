@@ -7,9 +7,9 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from cases import randomise
 
 from laminar._errors import InputError, ShapeError
-from laminar._params import partition
 from laminar.bijections.base import Invert
 from laminar.bijections.compose import Chain, Repeat, random_permutation, repeat
 from laminar.bijections.linear import LU, ActNorm, Householder, LowRank, Triangular
@@ -23,16 +23,6 @@ MAKERS = {
     "householder_odd": lambda key, dim: Householder(dim, 3, key=key),
     "low_rank": lambda key, dim: LowRank(dim, min(2, dim), key=key),
 }
-
-
-def randomise(tree, key, scale=1.0):
-    trained, rest = partition(tree)
-    leaves, treedef = jtu.tree_flatten(trained)
-    drawn = [
-        scale * jr.normal(k, x.shape, x.dtype)
-        for k, x in zip(jr.split(key, len(leaves)), leaves, strict=True)
-    ]
-    return eqx.combine(jtu.tree_unflatten(treedef, drawn), rest)
 
 
 @pytest.mark.parametrize("name", MAKERS)
