@@ -230,7 +230,7 @@ def _compilation_cache(directory: str) -> Iterator[None]:
 
     settings = {
         "jax_compilation_cache_dir": directory,
-        "jax_persistent_cache_min_compile_time_secs": 0.05,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
         "jax_raise_persistent_cache_errors": False,
     }
