@@ -1,0 +1,1 @@
+"""The parts of `speed.py`: cells, environments, workers, and the report."""

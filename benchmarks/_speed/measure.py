@@ -1,0 +1,214 @@
+"""One cell: a worker for each library, first calls alone, then all in turn, round after round."""
+
+import datetime
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+from _speed.cells import (
+    INTERVAL,
+    LIBRARIES,
+    OPS,
+    TRAIN_BATCHES,
+    Cell,
+    ops_of,
+    products,
+    rows_of,
+)
+from _speed.client import Worker, WorkerError
+
+RATE = 1e-4
+"""Learning rate, low enough that hundreds of steps on noise leave every flow sound."""
+
+_FLOOR = {"floor_log_prob": "log_prob", "floor_step": "step"}
+_PEAKS = ("peak_flops", "peak_bytes")
+
+
+def variables(gpu: bool, folder: Path) -> dict[str, str]:
+    """Environment variables that make the libraries comparable.
+
+    All cores for everyone, one device, and no compiled program kept from an earlier run, since the
+    first call is measured.
+    """
+    threads = str(len(os.sched_getaffinity(0)))
+    shared = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder.absolute() / "inductor"),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONPATH": "",
+    }
+    if gpu:
+        # Two JAX processes and those of PyTorch share the memory.
+        return shared | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
+    return shared | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def machine() -> dict:
+    """What the figures hold for."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+class CellRun:
+    """Measures one cell.
+
+    Args:
+        cell: The cell.
+        pythons: For each library the interpreter of its environment, or why there is none.
+        args: Options of the script.
+    """
+
+    def __init__(self, cell: Cell, pythons: dict[str, Path | str], args):
+        self.cell, self.args = cell, args
+        self.workers: dict[str, Worker] = {}
+        self.results: dict[str, dict] = {}
+        self.floor: dict[str, dict] = {}
+        spec = cell._asdict() | {
+            "layers": args.layers,
+            "width": args.width,
+            "bins": args.bins,
+            "interval": INTERVAL,
+            "batch": args.batch,
+            "rows": args.rows,
+            "train_batches": TRAIN_BATCHES,
+            "rate": RATE,
+            "products": products(cell, args.width, args.bins),
+        }
+        environment = variables(args.gpu, args.envs)
+        for name, python in pythons.items():
+            ops = ops_of(name, cell, args.compile)
+            if not ops:
+                continue
+            self.results[name] = {"ops": {op: {"rows": self._rows(op)} for op in ops}}
+            if isinstance(python, str):
+                self.results[name]["error"] = python
+                continue
+            adapter = LIBRARIES[name].adapter
+            given = (name, adapter, python, environment, spec, args.timeout)
+            self.workers[name] = Worker(*given)
+
+    def measure(self) -> dict:
+        """The record of the cell."""
+        try:
+            self._start()
+            for op in OPS:
+                for name in list(self.workers):
+                    self._first(name, op)
+            for number in range(self.args.rounds):
+                self._round(number)
+            analysis = self._analysis()
+        finally:
+            for worker in self.workers.values():
+                worker.end()
+        return {
+            **self.cell._asdict(),
+            "options": {n: getattr(self.args, n) for n in KEPT},
+            "rounds": self.args.rounds,
+            "machine": machine(),
+            "libraries": self.results,
+            "floor": self.floor,
+            "xla": analysis,
+        }
+
+    def _rows(self, op: str) -> int:
+        if op == "sample_own":
+            return self.args.rows
+        return rows_of(op, self.cell, self.args.rows, self.args.batch)
+
+    def _start(self) -> None:
+        """Start all at once, as importing takes longest; then hear each."""
+        for worker in self.workers.values():
+            worker.start()
+        for name, worker in list(self.workers.items()):
+            try:
+                found = worker.finish_start()
+                ours = self.results.get("laminar", {}).get("platform", found["platform"])
+                if found["platform"] != ours:
+                    raise WorkerError(f"it runs on {found['platform']}, laminar on {ours}")
+                self.results[name] |= found
+            except WorkerError as error:
+                self.results[name]["error"] = str(error)
+                worker.end()
+                del self.workers[name]
+        ours = self.results.get("laminar", {}).get("ops", {})
+        if "laminar" in self.workers and self._rows("sample") < self.args.rows:
+            ours["sample_own"] = {"rows": self.args.rows}
+
+    def _ask(self, name: str, op: str, **request) -> dict | None:
+        """An answer, or None where this operation of this library has failed, now or before."""
+        kept = self.results[name]["ops"].get(op)
+        if kept is None or "error" in kept:
+            return None
+        try:
+            return self.workers[name].ask(op=op, rows=kept["rows"], **request)
+        except WorkerError as error:
+            kept["error"] = str(error)
+            where = f"{LIBRARIES[name].title}, {OPS.get(op, op)}"
+            print(f"  {where}: {error}.", file=sys.stderr, flush=True)
+            return None
+
+    def _first(self, name: str, op: str) -> None:
+        kept = self.results[name]["ops"].get(op)
+        first = self._ask(name, op, do="first")
+        if first is not None:
+            kept["first_s"] = first["seconds"]
+            memory = self._ask(name, op, do="memory")
+            if memory is not None:
+                kept |= {"memory_bytes": memory["bytes"], "finite": memory["finite"]}
+
+    def _round(self, number: int) -> None:
+        """Each library once for each operation, in another order each time; the floor too."""
+        names = list(self.workers)
+        turn = number % max(len(names), 1)
+        for op in (*OPS, "sample_own"):
+            for name in names[turn:] + names[:turn]:
+                answer = self._ask(name, op, do="run", seconds=self.args.seconds)
+                if answer is not None:
+                    kept = self.results[name]["ops"][op]
+                    kept.setdefault("seconds", []).append(statistics.median(answer["seconds"]))
+        if "laminar" in self.workers:
+            self._floor_round()
+
+    def _floor_round(self) -> None:
+        masked = [f"{op}_masked" for op in _FLOOR] if self.cell.arch != "nsf_coupling" else []
+        for op in (*_FLOOR, *masked, *_PEAKS):
+            rows = self._rows(_FLOOR.get(op.removesuffix("_masked"), "log_prob"))
+            request = {"do": "run", "op": op, "rows": rows, "seconds": self.args.seconds}
+            try:
+                answer = self.workers["laminar"].ask(**request)
+            except WorkerError as error:
+                self.floor[op] = {"error": str(error)}
+                continue
+            kept = self.floor.setdefault(op, {"rows": rows, "seconds": []})
+            kept |= {k: answer[k] for k in ("flops", "bytes") if k in answer}
+            # Of a limit the best that was reached counts.
+            chosen = min if op in _PEAKS else statistics.median
+            kept.setdefault("seconds", []).append(chosen(answer["seconds"]))
+
+    def _analysis(self) -> dict:
+        if "laminar" not in self.workers:
+            return {}
+        try:
+            return self.workers["laminar"].ask(do="analyse", rows=self._rows("log_prob"))
+        except WorkerError as error:
+            return {"error": str(error)}
+
+
+KEPT = ("rows", "batch", "layers", "width", "bins", "gpu")
+"""Options that results must share to stand in one table."""

@@ -1,0 +1,145 @@
+"""laminar: the flow's own methods, the compiled segment of `fit`, and the floor beside them."""
+
+import equinox as eqx
+import floor
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from on_jax import JaxAdapter, randomised
+
+import laminar
+from laminar import zoo
+from laminar._params import partition
+from laminar._typing import Array
+from laminar.bijections.base import Invert
+from laminar.bijections.compose import Chain, Permute, repeat
+from laminar.bijections.coupling import Coupling
+from laminar.bijections.splines import RationalQuadratic
+from laminar.distributions import Normal
+from laminar.flow import Flow
+from laminar.nn.mlp import Dense
+from laminar.objectives import Batch
+from laminar.train.clock import _LENGTH
+from laminar.train.feed import ArrayFeed, Placement
+from laminar.train.fit import _segment
+from laminar.train.source import seed_words
+from laminar.train.state import Recipe, init, step
+
+
+class Plain(eqx.Module):
+    """Two plain hidden layers, as the rivals' couplings have; laminar's own network is residual."""
+
+    layers: tuple[Dense, ...]
+    out_shape: tuple[int, int] = eqx.field(static=True)
+    batch_last = True
+
+    def __init__(self, inputs: int, out_shape: tuple[int, int], width: int, key: Array):
+        sizes = (inputs, width, width, out_shape[0] * out_shape[1])
+        keys = jr.split(key, 3)
+        self.layers = tuple(
+            Dense(a, b, key=k) for a, b, k in zip(sizes, sizes[1:], keys, strict=False)
+        )
+        self.out_shape = out_shape
+
+    def __call__(self, x: Array) -> Array:
+        *hidden, head = self.layers
+        for layer in hidden:
+            x = jax.nn.relu(layer(x))
+        return head(x).reshape(self.out_shape + x.shape[1:])
+
+
+def coupling_flow(spec: dict) -> Flow:
+    """The stack that `zoo.nsf` builds, halves swapped from layer to layer, on plain networks."""
+    dim = spec["dim"]
+    template = RationalQuadratic(spec["bins"], interval=(-spec["interval"], spec["interval"]))
+
+    def layer(at):
+        order, key = at
+        move = Permute(jnp.argsort(order))
+        out_shape = (3 * spec["bins"] - 1, dim - dim // 2)
+        inner = Coupling(template, Plain(dim // 2, out_shape, spec["width"], key), dim)
+        return Chain([move, inner, Invert(move)])
+
+    forth = jnp.arange(dim)
+    orders = jnp.stack([forth[::-1] if i % 2 else forth for i in range(spec["layers"])])
+    keys = jr.split(jr.key(0), spec["layers"])
+    return Flow(Normal(dim), repeat(layer, spec["layers"], over=(orders, keys)))
+
+
+def flow_of(spec: dict) -> Flow:
+    """The flow, its parameters randomised."""
+    if spec["arch"] == "nsf_coupling":
+        flow = coupling_flow(spec)
+    else:
+        shared = {"key": jr.key(0), "layers": spec["layers"], "width": spec["width"], "depth": 2}
+        if spec["arch"] == "maf":
+            flow = zoo.maf(spec["dim"], **shared)
+        else:
+            flow = zoo.nsf(spec["dim"], bins=spec["bins"], interval=spec["interval"], **shared)
+    trained, rest = partition(flow)
+    return eqx.combine(randomised(trained), rest)
+
+
+class Adapter(JaxAdapter):
+    versions = (laminar, jax, eqx)
+
+    def build(self, spec):
+        self.prepare(spec)
+        self.flow = flow_of(spec)
+        trained, _ = partition(self.flow)
+        self.parameters = sum(leaf.size for leaf in jtu.tree_leaves(trained))
+        self.recipe = Recipe(self.flow, steps=1_000_000, learning_rate=spec["rate"])
+        rows = Batch(self.rows_to_train())
+        self.feed = ArrayFeed(rows, None, seed_words(jr.key(4)), spec["batch"], Placement())
+        self.state = init(jr.key(5), self.flow, self.recipe)
+        self.taken = 0
+        self.floor = floor.Floor(spec)
+        jax.block_until_ready((self.flow, self.state))
+
+    def step(self, rows, count):
+        """Segments as `fit` calls them: batches are drawn from the rows on the device."""
+        while count:
+            now = min(count, _LENGTH)
+            batches = self.feed.segment(self.taken, now, 0)
+            length = jnp.asarray(now, jnp.int32)
+            fixed = (self.recipe, batches, length, _LENGTH, Placement())
+            self.state, record = _segment(fixed, self.state)
+            self.taken, count = self.taken + now, count - now
+        return record.loss[now - 1]
+
+    def log_prob(self, rows, count):
+        return self.flow.log_prob(self.x(rows))
+
+    def sample(self, rows, count):
+        return self.flow.sample(self.next_key(), (rows,))
+
+    def call(self, op, rows, count):
+        if op in floor.OPS:
+            return jax.block_until_ready(self.floor.call(op, rows, count))
+        return super().call(op, rows, count)
+
+    def work(self, op, rows):
+        return self.floor.work(op, rows)
+
+    def analyse(self, rows):
+        """What XLA counts in programs of one layer, times the number of layers.
+
+        It counts the body of a loop once, so the program of all layers, which scans over them,
+        cannot be asked. What layers share, such as the base, is counted with each.
+        """
+        spec = self.spec | {"layers": 1}
+        flow, layers = flow_of(spec), self.spec["layers"]
+        recipe = Recipe(flow, steps=1_000_000)
+        batch = Batch(jnp.zeros((spec["batch"], spec["dim"])))
+        score = eqx.filter_jit(lambda flow, x: flow.log_prob(x, batch_size=rows))
+        programs = {
+            "log_prob": score.lower(flow, self.x(rows)),
+            "step": eqx.filter_jit(step).lower(init(jr.key(0), flow, recipe), batch, recipe),
+        }
+        found = {}
+        for op, lowered in programs.items():
+            cost = lowered.compile().compiled.cost_analysis() or {}
+            names = {"flops": "flops", "bytes": "bytes accessed"}
+            found[op] = {name: layers * cost.get(key, float("nan")) for name, key in names.items()}
+        return found

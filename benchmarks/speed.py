@@ -1,0 +1,122 @@
+"""Speed: laminar, FlowJAX, zuko, nflows and normflows side by side, on the same work in one run.
+
+For every architecture and D each library builds the same flow in a process of its own. Measured are
+a training step, log_prob and sampling, the first call of each, and their peak memory; beside them
+stand the matrix products alone. Calls are interleaved in rounds, all others idle meanwhile.
+
+    python benchmarks/speed.py [--budget 900] [--resume] [--compile all]
+    python benchmarks/speed.py --report --out build/bench/speed.jsonl
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import _common
+from _speed.cells import ARCHITECTURES, DIMS, LIBRARIES, Cell, cells
+from _speed.envs import NoEnvironmentError, python_of
+from _speed.measure import KEPT, CellRun
+from _speed.report import report
+
+from laminar._files import atomic_write
+
+
+def options():
+    parser = _common.parser(
+        (__doc__ or "").splitlines()[0],
+        budget="seconds, environments included, after which no other cell begins",
+        out=Path("runs/speed.jsonl"),
+        default=3600,
+    )
+    parser.add_argument("--archs", type=_list(ARCHITECTURES), default=tuple(ARCHITECTURES))
+    parser.add_argument("--dims", type=lambda s: tuple(map(int, s.split(","))), default=DIMS)
+    parser.add_argument("--libraries", type=_list(LIBRARIES), default=tuple(LIBRARIES))
+    parser.add_argument(
+        "--compile",
+        choices=("none", "some", "all"),
+        default="some",
+        help="where torch.compile is measured; some: step and log_prob of one cell (%(default)s)",
+    )
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=512, help="rows of a training step")
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--bins", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--seconds", type=float, default=0.3, help="of a library's turn, unless one call is longer"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=180, help="seconds that an answer may take"
+    )
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, in environments made for it")
+    parser.add_argument("--envs", type=Path, default=Path("build/bench/envs"))
+    parser.add_argument("--report", action="store_true", help="only print what is in --out")
+    args = parser.parse_args()
+    if min(args.dims) < 2:
+        parser.error("--dims must be at least 2: a single column has nothing to depend on.")
+    return args
+
+
+def _list(known):
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        for name in names:
+            if name not in known:
+                raise ValueError(name)
+        return names
+
+    parse.__name__ = f"list of {', '.join(known)}"
+    return parse
+
+
+def interpreters(args) -> dict[str, Path | str]:
+    """For each library the interpreter of its environment, or why there is none."""
+    found: dict[str, Path | str] = {}
+    made: dict[str, Path | str] = {}
+    for name in args.libraries:
+        environment = LIBRARIES[name].environment
+        if name == "zuko_compiled" and args.compile == "none":
+            continue
+        if environment is None:
+            found[name] = Path(sys.executable)
+            continue
+        if environment not in made:
+            try:
+                made[environment] = python_of(environment, args.envs, args.gpu)
+            except NoEnvironmentError as error:
+                print(error, file=sys.stderr, flush=True)
+                made[environment] = str(error)
+        found[name] = made[environment]
+    return found
+
+
+def main():
+    args = options()
+    if args.report:
+        print(report(_common.read_lines(args.out)))
+        return
+    begun = time.monotonic()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    _common.guard([args.out], args)
+    records = _common.read_lines(args.out)
+    for record in records:
+        asked = {name: getattr(args, name) for name in KEPT}
+        _common.refuse_change(args.out, record["options"], asked)
+    pythons = interpreters(args)
+    done = {Cell(r["arch"], r["dim"]) for r in records}
+    left = [cell for cell in cells(args.archs, args.dims) if cell not in done]
+    while left and time.monotonic() - begun <= args.budget:
+        cell = left.pop(0)
+        print(f"{time.monotonic() - begun:5.0f} s  {cell.words}", file=sys.stderr, flush=True)
+        records.append(CellRun(cell, pythons, args).measure())
+        atomic_write(args.out, "".join(json.dumps(r) + "\n" for r in records).encode())
+    print(report(records))
+    if left:
+        names = "; ".join(cell.words for cell in left)
+        print(f"\nNot begun within {args.budget:.0f} s: {names}.")
+
+
+if __name__ == "__main__":
+    main()
