@@ -168,50 +168,38 @@ def picture(records: list[dict], path: Path) -> None:
         "step": (_pictures.ORANGE, "s--"),
         "stream": (_pictures.ORANGE, "D:"),
     }
-    quantities = (
-        ("µs a row", lambda r: 1e6 * r["unit_s"]),
-        ("MB beyond imports", lambda r: r["peak"] / 2**20),
-        ("seconds to compile", lambda r: r["compile_s"]),
-    )
     good = [r for r in records if "error" not in r]
     sweeps = [s for s in TASKS if any(r["sweep"] == s for r in good)]
     if not sweeps:
         return
-    figure, panels = _pictures.figure("scaling.py", len(quantities), len(sweeps), 4.0, 2.7)
+    figure, panels = _pictures.figure("scaling.py", 3, len(sweeps), 4.0, 2.7)
     for column, sweep in enumerate(sweeps):
-        for row, (label, value_of) in enumerate(quantities):
+        unit = "µs a row" if sweep == "rows" else f"µs a row and {TITLES[sweep][:-1]}"
+        for row, label in enumerate((unit, "MB beyond imports", "seconds to compile")):
             axes = panels[row, column]
             for task in TASKS[sweep]:
-                chosen = sorted(
-                    (r for r in good if r["sweep"] == sweep and r["task"] == task),
-                    key=lambda r: r["value"],
-                )
                 colour, dash = style[task]
-                values = [max(value_of(r), 1e-3) for r in chosen]
-                axes.plot(
-                    [r["value"] for r in chosen],
-                    values,
-                    dash,
-                    color=colour,
-                    ms=3.5,
-                    lw=1.3,
-                    label=WORDS[task],
-                )
-            if sweep == "rows" and row == 1:
-                own = sorted({r["value"] for r in good if r["sweep"] == sweep})
-                axes.plot(
-                    own,
-                    [v * DIM * 4 / 2**20 for v in own],
-                    "-",
-                    color=_pictures.GREY,
-                    lw=0.8,
-                    label="the rows themselves",
-                )
+                chosen = [r for r in good if (r["sweep"], r["task"]) == (sweep, task)]
+                chosen.sort(key=lambda r: r["value"])
+                # A logarithmic axis has no place for what rounds to nothing.
+                values = [max(quantities(r)[row], 1e-3) for r in chosen]
+                sizes = [r["value"] for r in chosen]
+                axes.plot(sizes, values, dash, color=colour, ms=3.5, lw=1.3, label=WORDS[task])
+            if (sweep, label) == ("rows", "MB beyond imports"):
+                sizes = sorted({r["value"] for r in good if r["sweep"] == sweep})
+                size_of = [4 * DIM * n / 2**20 for n in sizes]
+                axes.plot(sizes, size_of, color=_pictures.GREY, lw=0.9, label="the rows alone")
+                axes.legend(frameon=False, fontsize=7)
             head = f"against {TITLES[sweep]}" if row == 0 else ""
             _pictures.dress(axes, head, TITLES[sweep], label, log_y=True)
-            if row < 2:
-                axes.legend(frameon=False, fontsize=7)
+        panels[0, column].legend(frameon=False, fontsize=7)
     _pictures.write(figure, path)
+
+
+def quantities(record: dict) -> tuple[float, float, float]:
+    """Microseconds a row and unit of the sweep, megabytes, and seconds to compile."""
+    units = 1 if record["sweep"] == "rows" else record["value"]
+    return 1e6 * record["unit_s"] / units, record["peak"] / 2**20, record["compile_s"]
 
 
 def options():
