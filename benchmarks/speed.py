@@ -110,7 +110,7 @@ def main():
     while left and time.monotonic() - begun <= args.budget:
         cell = left.pop(0)
         print(f"{time.monotonic() - begun:5.0f} s  {cell.words}", file=sys.stderr, flush=True)
-        records.append(CellRun(cell, pythons, args).measure())
+        records.append(CellRun(cell, pythons, args, begun + args.budget).measure())
         atomic_write(args.out, "".join(json.dumps(r) + "\n" for r in records).encode())
     print(report(records))
     if left:

@@ -1,10 +1,14 @@
-"""One cell: a worker for each library, first calls alone, then all in turn, round after round."""
+"""One cell: a worker for each library, first calls alone, then all in turn, round after round.
+
+Memory comes last, since measuring it changes how the allocator works.
+"""
 
 import datetime
 import os
 import platform
 import statistics
 import sys
+import time
 from pathlib import Path
 
 from _speed.cells import (
@@ -72,10 +76,11 @@ class CellRun:
         cell: The cell.
         pythons: For each library the interpreter of its environment, or why there is none.
         args: Options of the script.
+        deadline: The time, by ``time.monotonic()``, after which no other round begins; one is done.
     """
 
-    def __init__(self, cell: Cell, pythons: dict[str, Path | str], args):
-        self.cell, self.args = cell, args
+    def __init__(self, cell: Cell, pythons: dict[str, Path | str], args, deadline: float):
+        self.cell, self.args, self.deadline = cell, args, deadline
         self.workers: dict[str, Worker] = {}
         self.results: dict[str, dict] = {}
         self.floor: dict[str, dict] = {}
@@ -110,8 +115,13 @@ class CellRun:
             for op in OPS:
                 for name in list(self.workers):
                     self._first(name, op)
-            for number in range(self.args.rounds):
-                self._round(number)
+            rounds = 0
+            while rounds < self.args.rounds and (not rounds or time.monotonic() < self.deadline):
+                self._round(rounds)
+                rounds += 1
+            for op in OPS:
+                for name in list(self.workers):
+                    self._memory(name, op)
             analysis = self._analysis()
         finally:
             for worker in self.workers.values():
@@ -119,7 +129,7 @@ class CellRun:
         return {
             **self.cell._asdict(),
             "options": {n: getattr(self.args, n) for n in KEPT},
-            "rounds": self.args.rounds,
+            "rounds": rounds,
             "machine": machine(),
             "libraries": self.results,
             "floor": self.floor,
@@ -156,7 +166,8 @@ class CellRun:
         if kept is None or "error" in kept:
             return None
         try:
-            return self.workers[name].ask(op=op, rows=kept["rows"], **request)
+            does = "sample" if op == "sample_own" else op
+            return self.workers[name].ask(op=does, rows=kept["rows"], **request)
         except WorkerError as error:
             kept["error"] = str(error)
             where = f"{LIBRARIES[name].title}, {OPS.get(op, op)}"
@@ -164,13 +175,15 @@ class CellRun:
             return None
 
     def _first(self, name: str, op: str) -> None:
-        kept = self.results[name]["ops"].get(op)
-        first = self._ask(name, op, do="first")
-        if first is not None:
-            kept["first_s"] = first["seconds"]
-            memory = self._ask(name, op, do="memory")
-            if memory is not None:
-                kept |= {"memory_bytes": memory["bytes"], "finite": memory["finite"]}
+        answer = self._ask(name, op, do="first")
+        if answer is not None:
+            self.results[name]["ops"][op]["first_s"] = answer["seconds"]
+
+    def _memory(self, name: str, op: str) -> None:
+        answer = self._ask(name, op, do="memory")
+        if answer is not None:
+            found = {"memory_bytes": answer["bytes"], "finite": answer["finite"]}
+            self.results[name]["ops"][op] |= found
 
     def _round(self, number: int) -> None:
         """Each library once for each operation, in another order each time; the floor too."""

@@ -57,7 +57,7 @@ def _header(records: list[dict]) -> str:
         f"{options['layers']} layers, hidden {options['width']} × 2, {options['bins']} bins; "
         f"training step on {options['batch']} rows; medians of "
         f"{min(r['rounds'] for r in records)} interleaved rounds; ±: half the range of the "
-        "rounds over their median, of the library where it is widest"
+        "rounds over the median, for the library where it is widest"
     )
 
 

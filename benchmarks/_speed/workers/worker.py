@@ -2,9 +2,9 @@
 
     build   spec                → versions, device, threads, parameters
     first   op rows             → seconds of the first call, tracing and compilation included
-    memory  op rows             → most bytes held beyond those at the start of a call, and whether
-                                  all that it gave is finite
     run     op rows seconds     → seconds of single calls, for about so long
+    memory  op rows             → most bytes held beyond those at the start of a call, and whether
+                                  all that it gave is finite; comes last
     analyse rows                → what the compiler says of its programs, where there is one
 
 An adapter module has a class `Adapter(name)` with `build(spec)`, `info()`, `call(op, rows, count)`,
@@ -24,6 +24,11 @@ import time
 
 _MOST_CALLS = 1000
 
+# Options of glibc's mallopt, and the size from which a block counts as large.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_BLOCK = 2**16
+
 
 class Worker:
     """Times the calls of an adapter."""
@@ -41,16 +46,26 @@ class Worker:
         return {"seconds": seconds}
 
     def memory(self, op, rows):
-        """Peak beyond the start; pages that the allocator kept from earlier calls are given back
-        first, since they would hide what this call needs."""
-        gc.collect()
+        """Peak beyond the start.
+
+        What the allocator keeps of earlier calls would hide what this one needs. So it is told,
+        for good, to give large blocks back at once, and one call makes it let go of the old ones;
+        times measured afterwards would not be those of a user.
+        """
         device = self.adapter.device_memory()
         if device is not None:
             value = self.adapter.call(op, rows, 1)
             used = self.adapter.device_memory()[1] - device[0]
             return {"bytes": used, "finite": self.adapter.finite(value)}
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+            libc.mallopt(_M_TRIM_THRESHOLD, _BLOCK)
+            self.adapter.call(op, rows, 1)
+            # Working arrays may be freed a moment after the result is there.
+            time.sleep(0.05)
+            gc.collect()
+            libc.malloc_trim(0)
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         start = _status("VmRSS")
