@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 60
-SPEED_BUDGET ?= 740
+SPEED_BUDGET ?= 700
 WORKERS ?= 2
 
 BIN := $(VENV)/bin

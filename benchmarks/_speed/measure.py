@@ -154,6 +154,7 @@ class CellRun:
                 self.results[name] |= found
             except WorkerError as error:
                 self.results[name]["error"] = str(error)
+                print(f"  {LIBRARIES[name].title}: {error}.", file=sys.stderr, flush=True)
                 worker.end()
                 del self.workers[name]
         ours = self.results.get("laminar", {}).get("ops", {})

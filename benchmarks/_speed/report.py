@@ -48,12 +48,12 @@ def _header(records: list[dict]) -> str:
                 devices[found["device"]] = None
     machine, options = last["machine"], last["options"]
     threads = {f["threads"] for f in last["libraries"].values() if "threads" in f}
-    of = ", ".join(f"{n} {v}" for n, v in versions.items())
+    of = ", ".join(f"{n} {v}" for n, v in versions.items()) or "nothing that could be started"
     device = "" if set(devices) <= {"cpu"} else f"; device {', '.join(devices)}"
     return (
         f"{of}; Python {machine['python']}\n"
         f"{machine['cpu']}, {machine['cores']} cores, threads of each library "
-        f"{'/'.join(map(str, sorted(threads)))}{device}; {machine['date']}\n"
+        f"{'/'.join(map(str, sorted(threads))) or '–'}{device}; {machine['date']}\n"
         f"{options['layers']} layers, hidden {options['width']} × 2, {options['bins']} bins; "
         f"training step on {options['batch']} rows; medians of "
         f"{min(r['rounds'] for r in records)} interleaved rounds; ±: half the range of the "
