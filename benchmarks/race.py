@@ -13,7 +13,8 @@ compilation counts; imports and building the flow do not.
 
 Every fit ends at the budget at the latest. The target is the lowest of the best values that the
 libraries reach, less 0.01 nat, so that all reach it. The time to a level is that of a curve's first
-crossing, linear between its points.
+crossing, linear between its points. "cores" says how many a fit had on average: on a machine that
+does nothing else, about as many as it can use.
 
     LAMINAR_DATA=… python benchmarks/race.py --budget 600 [--resume] [--picture race.png]
 """
@@ -205,7 +206,7 @@ def table(records: list[dict], data: str) -> str:
         f"({shown(median(r.target for r in rounds), '.3f', 0)}) and to levels below it\n",
         f"{'':16}{'best':>9}{'at':>8}{'target':>10}"
         + "".join(f"{-gap:>8g}" for gap in GAPS[1:])
-        + "   batch  ended by",
+        + "   batch  cores  ended by",
     ]
     for library, entrant in ENTRANTS.items():
         own = [r for r in chosen if r["library"] == library]
@@ -220,7 +221,9 @@ def table(records: list[dict], data: str) -> str:
             f"{entrant.title:16}{median(t[1] for t in tops):9.3f}{median(t[0] for t in tops):8.1f}"
             + shown(times[0], ".1f", 10)
             + "".join(shown(t, ".1f", 8) for t in times[1:])
-            + f"{own[0]['batch_size']:8}  "
+            + f"{own[0]['batch_size']:8}"
+            + shown(median(r.get("cores") for r in own), ".1f", 7)
+            + "  "
             + ", ".join(dict.fromkeys(r["reason"] or "failure" for r in own))
         )
     for ours in ("laminar", "laminar_limit"):
