@@ -382,6 +382,8 @@ def main():
         for record in records:
             asked = {name: getattr(args, name) for name in KEPT}
             _common.refuse_change(args.out, record["options"], asked)
+        # What failed is tried again.
+        records = [r for r in records if "error" not in r]
         run(args, records)
     print(report(records))
     if args.picture is not None:
