@@ -29,6 +29,11 @@ def dress(axes: "Axes", head: str, x: str, y: str, *, log_y: bool = False) -> No
     _plain(axes.xaxis, axes.get_xlim())
     if log_y:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 10 * low:
+            # At least a decade, or noise would look like growth.
+            middle = np.sqrt(low * high)
+            axes.set_ylim(middle / np.sqrt(10), middle * np.sqrt(10))
         _plain(axes.yaxis, axes.get_ylim())
     axes.grid(visible=True, color=FAINT, alpha=0.25, lw=0.5)
 
@@ -38,6 +43,16 @@ def note(axes: "Axes", text: str, y: float) -> None:
     axes.axhline(y, color=FAINT, lw=0.8)
     where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
     axes.annotate(text, (1, y), fontsize=8, color=INK, **where)
+
+
+def legend(made, panels) -> None:
+    """One legend for all panels, below them."""
+    handles = {}
+    for axes in panels.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    place = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
+    made.legend(handles.values(), handles.keys(), fontsize=9, **place)
 
 
 def write(made, path: Path) -> None:

@@ -189,10 +189,9 @@ def picture(records: list[dict], path: Path) -> None:
                 sizes = sorted({r["value"] for r in good if r["sweep"] == sweep})
                 size_of = [4 * DIM * n / 2**20 for n in sizes]
                 axes.plot(sizes, size_of, color=_pictures.GREY, lw=0.9, label="the rows alone")
-                axes.legend(frameon=False, fontsize=7)
             head = f"against {TITLES[sweep]}" if row == 0 else ""
             _pictures.dress(axes, head, TITLES[sweep], label, log_y=True)
-        panels[0, column].legend(frameon=False, fontsize=7)
+    _pictures.legend(figure, panels)
     _pictures.write(figure, path)
 
 
@@ -237,6 +236,8 @@ def main():
     if not args.report:
         for record in records:
             _common.refuse_change(args.out, record, {"quick": args.quick})
+        # What failed is tried again.
+        records = [r for r in records if "error" not in r]
         done = {(r["sweep"], r["task"], r["value"]) for r in records}
         left = [point for point in points(args) if point not in done]
     while left and time.monotonic() - begun <= args.budget:
