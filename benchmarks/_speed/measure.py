@@ -69,6 +69,23 @@ def machine() -> dict:
     }
 
 
+def held_by_others(seconds: float = 0.5) -> float | None:
+    """The share of all cores that is at work while this script does nothing."""
+
+    def look():
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        times = [int(field) for field in fields]
+        return sum(times), times[3] + times[4]
+
+    try:
+        before = look()
+        time.sleep(seconds)
+        total, idle = (b - a for a, b in zip(before, look(), strict=True))
+    except (OSError, ValueError, IndexError):
+        return None
+    return 1 - idle / total if total else None
+
+
 class CellRun:
     """Measures one cell.
 
@@ -110,6 +127,7 @@ class CellRun:
 
     def measure(self) -> dict:
         """The record of the cell."""
+        others = [held_by_others()]
         try:
             self._start()
             for op in OPS:
@@ -126,11 +144,12 @@ class CellRun:
         finally:
             for worker in self.workers.values():
                 worker.end()
+        others.append(held_by_others())
         return {
             **self.cell._asdict(),
             "options": {n: getattr(self.args, n) for n in KEPT},
             "rounds": rounds,
-            "machine": machine(),
+            "machine": machine() | {"held_by_others": max(o or 0.0 for o in others)},
             "libraries": self.results,
             "floor": self.floor,
             "xla": analysis,

@@ -6,6 +6,7 @@ import statistics
 from _speed.cells import ARCHITECTURES, LIBRARIES, OPS
 
 _RATIOS = ("flowjax", "zuko", "zuko_compiled")
+_BUSY = 0.1
 _SHORT = {"step": "step", "log_prob": "log_prob", "sample": "sample"}
 
 
@@ -18,6 +19,7 @@ def report(records: list[dict]) -> str:
         chosen = sorted((r for r in records if r["arch"] == arch), key=lambda r: r["dim"])
         if chosen:
             parts += [f"{title}\n{'=' * len(title)}", *_block(chosen)]
+    parts += _warnings(records)
     failures = list(dict.fromkeys(f for r in records for f in _failures(r)))
     if failures:
         parts.append("Failed or left out\n" + "\n".join(f"  {line}" for line in failures))
@@ -59,6 +61,17 @@ def _header(records: list[dict]) -> str:
         f"{min(r['rounds'] for r in records)} interleaved rounds; ±: half the range of the "
         "rounds over the median, for the library where it is widest"
     )
+
+
+def _warnings(records: list[dict]) -> list[str]:
+    """A busy machine, which slows libraries unequally."""
+    held = max(r["machine"].get("held_by_others", 0.0) for r in records)
+    if held < _BUSY:
+        return []
+    return [
+        f"Warning: other work held up to {100 * held:.0f} % of the cores. It slows PyTorch, whose "
+        "threads wait for one another,\nmuch more than JAX: measure again on a quiet machine."
+    ]
 
 
 def _block(records: list[dict]) -> list[str]:
