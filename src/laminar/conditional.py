@@ -13,7 +13,7 @@ from jax.scipy.linalg import solve_triangular
 
 from laminar._errors import ShapeError
 from laminar._params import Frozen, expand
-from laminar._typing import Array, ArrayLike, Shape
+from laminar._typing import Array, ArrayLike, Direction, Shape
 from laminar.density import AbstractDistribution
 from laminar.mixtures import (
     HALF_LOG_TWO_PI,
@@ -73,8 +73,7 @@ class ConditionalMixture(AbstractDistribution):
         self.lower = jnp.asarray(np.tril(factors, -1), dtype)
         self.shape, self.cond_shape = (dim - cond_dim,), (cond_dim,)
 
-    @property
-    def _row_cost(self) -> int:
+    def _row_cost(self, direction: Direction) -> int:
         return self.logits.size * (self.means.shape[1] + 4)
 
     def _factors(self) -> Array:

@@ -17,11 +17,22 @@ import jax.tree_util as jtu
 from jax import lax
 
 from laminar._errors import InputError, ShapeError
-from laminar._typing import Array, ArrayLike, Callable, Condition, PRNGKeyArray, PyTree, Shape
+from laminar._typing import (
+    Array,
+    ArrayLike,
+    Callable,
+    Condition,
+    Direction,
+    PRNGKeyArray,
+    PyTree,
+    Shape,
+)
 
-_MEMORY = 2**25
-"""Scalars that the working arrays of one chunk may hold, by the estimate of `_row_cost`."""
-_MOST_ROWS = 2**16
+_WORKING_SET = {"cpu": 3 * 2**20}
+"""Scalars that one chunk may hold, by the estimate of `_row_cost`: what a CPU's caches hold."""
+_MOST_MEMORY = 2**27
+"""The same for other devices, which want as many rows at once as there is memory for."""
+_LEAST_ROWS = 256
 
 
 class Estimate(NamedTuple):
@@ -93,10 +104,12 @@ class AbstractDistribution(eqx.Module):
         """Whether `log_prob` is ``"exact"``, an ``"unbiased"`` estimate or a ``"bound"``."""
         return "exact"
 
-    @property
-    def _row_cost(self) -> int:
-        """About how many scalars the work on one event holds at once: it sets the chunk size."""
-        return 32 * max(math.prod(self.shape), 8)
+    def _row_cost(self, direction: Direction) -> int:
+        """About how many scalars the work on one event holds at once: it sets the chunk size.
+
+        To score is ``"inverse"``, to draw ``"forward"``.
+        """
+        return 8 * max(math.prod(self.shape), 8)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -380,7 +393,9 @@ def apply_to_rows(fn, dist, key, x, batch, condition, cond_batch, target, batch_
     Returns:
         The tree that `fn` returns, with ``target`` in front.
     """
-    count, size = math.prod(target), _chunk_size(math.prod(target), dist._row_cost, batch_size)
+    count = math.prod(target)
+    cost = dist._row_cost("forward" if x is None else "inverse")
+    size = _chunk_size(count, cost, batch_size)
     dist, condition = dist._encode(condition, cond_batch, batch_size)
 
     def run(key, rows, x, condition):
@@ -440,7 +455,8 @@ def _chunk_size(count: int, cost: int, batch_size: int | None) -> int:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         return batch_size
-    most = min(max(_MEMORY // cost, 1), _MOST_ROWS)
+    memory = _WORKING_SET.get(jax.default_backend(), _MOST_MEMORY)
+    most = max(memory // cost, min(_LEAST_ROWS, _MOST_MEMORY // cost), 1)
     if count <= most:
         return count
     # Equal chunks in whole vector registers waste the fewest padded rows.

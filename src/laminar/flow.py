@@ -1,6 +1,5 @@
 """Flow: a base distribution carried through a transform, with everything one can ask of it."""
 
-import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -9,7 +8,15 @@ import jax.random as jr
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen
-from laminar._typing import Array, ArrayLike, Callable, Condition, PRNGKeyArray, Shape
+from laminar._typing import (
+    Array,
+    ArrayLike,
+    Callable,
+    Condition,
+    Direction,
+    PRNGKeyArray,
+    Shape,
+)
 from laminar.bijections.base import AbstractTransform, call
 from laminar.bijections.path import first_steps, step_names, walk
 from laminar.density import (
@@ -135,9 +142,8 @@ class Flow(AbstractDistribution):
         kinds = {self._base.exactness, self._map.exactness}
         return "bound" if "bound" in kinds else "unbiased" if "unbiased" in kinds else "exact"
 
-    @property
-    def _row_cost(self) -> int:
-        return max(self._base._row_cost, 32 * max(math.prod(self.shape), 8))
+    def _row_cost(self, direction: Direction) -> int:
+        return max(self._base._row_cost(direction), self._map.row_cost(direction))
 
     def _embedded(self, condition: Condition) -> Condition:
         """The batch-last condition as base and bijection take it."""

@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
-from laminar._typing import Array, ArrayLike, Shape
+from laminar._typing import Array, ArrayLike, Direction, Shape
 from laminar.density import AbstractDistribution, is_shape
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -67,8 +67,7 @@ class GaussianMixture(AbstractDistribution):
         self.lower = jnp.asarray(np.tril(factors, -1), dtype)
         self.shape, self.cond_shape = (dim,), None
 
-    @property
-    def _row_cost(self) -> int:
+    def _row_cost(self, direction: Direction) -> int:
         return self.logits.size * (self.shape[0] + 4)
 
     @property
@@ -160,8 +159,7 @@ class IsotropicMixture(AbstractDistribution):
         self.log_scale = jnp.asarray(np.log(scale), dtype)
         self.shape, self.cond_shape = (dim,), None
 
-    @property
-    def _row_cost(self) -> int:
+    def _row_cost(self, direction: Direction) -> int:
         return 4 * self.logits.size + 8 * self.shape[0]
 
     @property
@@ -259,11 +257,13 @@ class Mixture(AbstractDistribution):
         kinds = {part.exactness for part in self._parts()}
         return "exact" if kinds == {"exact"} else "bound"
 
-    @property
-    def _row_cost(self) -> int:
+    def _row_cost(self, direction: Direction) -> int:
         # Stacked components run side by side, separate ones one after the other.
         together = 1 if isinstance(self.components, tuple) else self.logits.size
-        return together * max(part._row_cost for part in self._parts()) + 4 * self.logits.size
+        return (
+            together * max(part._row_cost(direction) for part in self._parts())
+            + 4 * self.logits.size
+        )
 
     def _encode(self, condition, batch, batch_size):
         # A component with an embedding takes the condition as it is, integers included.

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import ClassVar
 
+import equinox as eqx
 import jax
 
 from laminar._errors import ShapeError
-from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import AbstractElementwise, as_elementwise
@@ -70,22 +70,32 @@ class MaskedAutoregressive(AbstractBijection):
         """What the network takes."""
         return self.net.cond_shape
 
+    def row_cost(self, direction):
+        """All parameters at once in the dense pass, one entry's in the incremental one."""
+        net = self.net
+        entries = 4 * net.dim + 16 if direction == "forward" else net.params * net.dim
+        return entries + net.width * (len(net.hidden) + 1)
+
     def forward(self, x, condition=None, *, key=None):
         """Latent → data, by the incremental pass."""
-
-        def step(theta, x_d):
-            return self.template.forward_kernel(
-                theta + expand(self.template.params, theta.ndim), x_d
-            )
-
-        return self.net.sequential(step, x, condition)
+        step = self.template.forward_kernel
+        return self.net.sequential(step, x, condition, self.template.params)
 
     def inverse(self, y, condition=None, *, key=None):
         """Data → latent, by one dense pass."""
-        theta = self.net(y, condition)
-        theta = theta + expand(self.template.params, theta.ndim)
-        x, log_det = self.template.inverse_kernel(theta, y)
-        return x, log_det.sum(0)
+        return _dense_pass(self, y, condition)
+
+
+@eqx.filter_checkpoint
+def _dense_pass(layer: MaskedAutoregressive, y: Array, condition: Array | None):
+    """The inverse; for its gradient only y is kept.
+
+    The parameters of all entries are by far the largest arrays, so computing them twice is faster
+    than to write and read them back.
+    """
+    theta = layer.net(y, condition, layer.template.params)
+    x, log_det = layer.template.inverse_kernel(theta, y)
+    return x, log_det.sum(0)
 
 
 def masked_autoregressive(

@@ -8,6 +8,7 @@ transform that knows only single events over the trailing axes.
 """
 
 import abc
+import math
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import equinox as eqx
@@ -16,10 +17,9 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from laminar._errors import ShapeError
-from laminar._typing import Array, Condition, PRNGKeyArray, Shape
+from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
 
 Exactness = Literal["exact", "unbiased", "bound"]
-Direction = Literal["forward", "inverse"]
 Side = Literal["out", "in"]
 
 
@@ -83,6 +83,10 @@ class AbstractTransform(eqx.Module):
             Itself, unless the class has something to learn from data (as `ActNorm` has).
         """
         return self
+
+    def row_cost(self, direction: Direction) -> int:
+        """About how many scalars the work on one event holds at once: it sets the chunk size."""
+        return 8 * max(math.prod(self.in_shape), math.prod(self.out_shape), 8)
 
     def steps(self) -> tuple["AbstractTransform", ...]:
         """The elementary transforms f_1, …, f_K this one is made of, first applied first."""
@@ -182,6 +186,10 @@ class Invert(AbstractBijection):
         """Pass the data on as standing on the other side."""
         other: Side = "in" if side == "out" else "out"
         return Invert(self.bijection.init_from_data(data, condition, other))
+
+    def row_cost(self, direction):
+        """That of the wrapped bijection in the other direction."""
+        return self.bijection.row_cost("inverse" if direction == "forward" else "forward")
 
     def steps(self):
         """The inverses of the wrapped steps, last one first."""

@@ -115,6 +115,10 @@ class Chain(AbstractTransform):
             data, _ = call(done[i], direction, data, condition)
         return Chain(done)
 
+    def row_cost(self, direction):
+        """That of the dearest part."""
+        return max(part.row_cost(direction) for part in self.parts)
+
     def steps(self):
         """The steps of all parts in order."""
         return tuple(step for part in self.parts for step in part.steps())
@@ -216,6 +220,10 @@ class Repeat(AbstractTransform):
         _, done = lax.scan(body, data, dynamic, reverse=side == "out")
         return Repeat(eqx.combine(done, static))
 
+    def row_cost(self, direction):
+        """That of one layer."""
+        return self.layers.row_cost(direction)
+
     def steps(self):
         """The layers unstacked; a layer counts as one step, whatever it is made of."""
         return tuple(self.layer(i) for i in range(self.length))
@@ -296,6 +304,10 @@ class Independent(AbstractBijection):
     def cond_shape(self) -> Shape | None:
         """The condition of the bijection, shared by all slices."""
         return self.bijection.cond_shape
+
+    def row_cost(self, direction):
+        """That of all slices together."""
+        return self.size * self.bijection.row_cost(direction)
 
     def __check_init__(self):
         if self.bijection.exactness != "exact":
@@ -469,6 +481,10 @@ class Indexed(AbstractBijection):
     def cond_shape(self) -> Shape | None:
         """The condition of the bijection."""
         return self.bijection.cond_shape
+
+    def row_cost(self, direction):
+        """That of the bijection, beside the whole vector."""
+        return max(super().row_cost(direction), self.bijection.row_cost(direction))
 
     def _run(self, direction, x, condition):
         y, log_det = call(self.bijection, direction, x[self.index], condition)

@@ -1,5 +1,6 @@
 """Coupling layers: one part of a vector passes, and sets the scalar map of every other entry."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -83,6 +84,10 @@ class Coupling(AbstractBijection):
     @property
     def _head_shape(self) -> Shape:
         return (self.template.params.shape[0], self.in_shape[0] - self.n_identity)
+
+    def row_cost(self, direction):
+        """The parameters of all entries, beside two layers of a network as wide as usual."""
+        return max(super().row_cost(direction), math.prod(self._head_shape) + 256)
 
     def _theta(self, passed: Array, condition: Array | None) -> Array:
         """The parameters, ``(P, D_b, *batch)``."""

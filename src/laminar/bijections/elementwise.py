@@ -57,6 +57,10 @@ class AbstractElementwise(AbstractBijection):
         """None: scalar maps are conditioned by computing their parameters."""
         return None
 
+    def row_cost(self, direction):
+        """That of the parameters, which a batch may carry, and of what a kernel computes."""
+        return (self.params.shape[0] + 8) * max(math.prod(self.in_shape), 1)
+
     @abc.abstractmethod
     def forward_kernel(self, params: Array, x: Array) -> tuple[Array, Array]:
         """``(y, ln dy/dx)`` for each element.

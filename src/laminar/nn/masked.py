@@ -23,6 +23,7 @@ from jax.core import Tracer
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar.nn.mlp import affine, matmul
 
 Step = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -173,29 +174,39 @@ class MaskedMLP(eqx.Module):
             return bias
         if condition is None:
             raise InputError(f"MaskedMLP needs a condition of shape ({self.cond_dim},), got none.")
-        return bias + expand(jnp.tensordot(self.cond, condition, 1), ndim)
+        return bias + expand(matmul(self.cond, condition), ndim)
 
-    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, condition: Array | None = None, offset: Array | None = None
+    ) -> Array:
         """The dense pass.
 
         Args:
             x: ``(D, *batch)``.
             condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
+            offset: ``(P,)``, added to the parameters of every input.
 
         Returns:
             Parameters ``(P, D, *batch)``.
         """
         first, hidden, head = self._masked()
-        h = jnp.tensordot(first, x, 1) + self._condition_term(condition, x.ndim)
+        h = matmul(first, x) + self._condition_term(condition, x.ndim)
 
         def product(j, a):
-            return jnp.tensordot(hidden[j], a, 1) + expand(self.hidden_bias[j], x.ndim)
+            return matmul(hidden[j], a) + expand(self.hidden_bias[j], x.ndim)
 
-        h = self._body(h, product)
-        return jnp.tensordot(head, h, 1) + expand(self.head_bias, x.ndim + 1)
+        return affine(head, self._offset(offset), self._body(h, product))
+
+    def _offset(self, offset: Array | None) -> Array:
+        """The bias of the head, ``(P, D)``, with what is added to every column of it."""
+        return self.head_bias if offset is None else self.head_bias + offset[:, None]
 
     def sequential(
-        self, step: Step, x: Array, condition: Array | None = None
+        self,
+        step: Step,
+        x: Array,
+        condition: Array | None = None,
+        offset: Array | None = None,
     ) -> tuple[Array, Array]:
         r"""Solve y_d = step(θ_d(y_1, …, y_{d−1}), x_d) for d = 1, …, D in one incremental pass.
 
@@ -207,6 +218,7 @@ class MaskedMLP(eqx.Module):
             step: Maps parameters ``(P, *batch)`` and ``x_d`` ``(*batch)`` to ``(y_d, log_det_d)``.
             x: ``(D, *batch)``.
             condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
+            offset: ``(P,)``, added to the parameters of every input.
 
         Returns:
             y of shape ``(D, *batch)`` and the summed log-dets ``(*batch)``.
@@ -228,8 +240,9 @@ class MaskedMLP(eqx.Module):
             "offset": condition_term[rows],
             "hidden": [jnp.pad(w[rows], columns) for w in hidden],
             "hidden_bias": [b[rows] for b in self.hidden_bias],
-            "head": jnp.pad(jnp.swapaxes(head, 0, 1)[place], columns),
-            "head_bias": self.head_bias.T[place],
+            "head": jnp.concatenate(
+                [jnp.pad(head, columns), self._offset(offset)[..., None]], -1
+            ).swapaxes(0, 1)[place],
         }
 
         def body(carry, at):
@@ -245,17 +258,18 @@ class MaskedMLP(eqx.Module):
 
             def product(j, a):
                 bias = expand(at["hidden_bias"][j], ndim)
-                return jnp.tensordot(at["hidden"][j], put(j, a), 1) + bias
+                return matmul(at["hidden"][j], put(j, a)) + bias
 
-            h = jnp.tensordot(at["first"], y, 1) + at["offset"]
+            h = matmul(at["first"], y) + at["offset"]
             h = put(-1, self._body(h, product))
-            theta = jnp.tensordot(at["head"], h, 1) + expand(at["head_bias"], ndim)
+            theta = matmul(at["head"], h)
             y_d, log_det_d = step(theta, at["x"])
             y = lax.dynamic_update_index_in_dim(y, y_d, at["d"], 0)
             return (y, log_det + log_det_d, tuple(stores)), None
 
         store = jnp.zeros((self.width + block, *batch), x.dtype)
-        carry = (jnp.zeros_like(x), jnp.zeros(batch, x.dtype), (store,) * (len(hidden) + 1))
+        last = jnp.concatenate([store, jnp.ones((1, *batch), x.dtype)])
+        carry = (jnp.zeros_like(x), jnp.zeros(batch, x.dtype), (*(store,) * len(hidden), last))
         (y, log_det, _), _ = lax.scan(body, carry, xs)
         return y, log_det
 

@@ -56,6 +56,37 @@ def activation_gain(activation: Activation) -> float:
     return 1.0 / math.sqrt(moment) if moment > 0 else 1.0
 
 
+def matmul(weight: Array, h: Array) -> Array:
+    """W h as a product of two matrices: ``(*out, n)`` times ``(n, *batch)`` is ``(*out, *batch)``.
+
+    With more than two axes the transpose of the product, which training runs, would be compiled to
+    one that first copies the cotangent in another order.
+    """
+    out, batch, n = weight.shape[:-1], h.shape[1:], h.shape[0]
+    flat = weight.reshape((math.prod(out), n)) @ h.reshape((n, math.prod(batch)))
+    return flat.reshape(out + batch)
+
+
+def affine(weight: Array, bias: Array, h: Array) -> Array:
+    """W h + b as one matrix product, with b as a last column of W and a row of ones below h.
+
+    A sum of product and bias would be formed again by each of its readers, of which a spline has
+    dozens, and inside a loop over stacked layers each of these would look the bias up by number;
+    such readers are too intricate for the compiler to vectorise.
+
+    Args:
+        weight: ``(*out, n)``.
+        bias: ``(*out)``.
+        h: ``(n, *batch)``.
+
+    Returns:
+        ``(*out, *batch)``.
+    """
+    ones = jnp.ones((1, *h.shape[1:]), h.dtype)
+    weight = jnp.concatenate([weight, bias[..., None]], -1)
+    return matmul(weight, jnp.concatenate([h, ones]))
+
+
 class Dense(eqx.Module):
     """The affine layer y = W x + b with the batch last: ``(in_dim, *batch) -> (out_dim, *batch)``.
 
@@ -88,7 +119,7 @@ class Dense(eqx.Module):
 
     def __call__(self, x: Array) -> Array:
         """W x + b."""
-        y = jnp.tensordot(self.weight, x, axes=1)
+        y = matmul(self.weight, x)
         return y if self.bias is None else y + expand(self.bias, y.ndim)
 
 
@@ -226,12 +257,15 @@ class MLP(eqx.Module):
         gain = 0.0 if zero_head else activation_gain(self.activation)
         self.head = Dense(width, math.prod(self.out_shape), key=head_key, gain=gain)
 
-    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, condition: Array | None = None, offset: Array | None = None
+    ) -> Array:
         """Evaluate the network.
 
         Args:
             x: ``(in_dim, *batch)``.
             condition: ``(cond_dim, *batch)`` or ``(cond_dim,)``; ignored when `cond_dim` is 0.
+            offset: Added to the output; its axes are the first ones of `out_shape`.
 
         Returns:
             ``out_shape + batch``.
@@ -251,7 +285,12 @@ class MLP(eqx.Module):
             h = h + expand(self.condition_first(condition), h.ndim)
         for block in self.blocks:
             h = block(h, condition)
-        return self.head(self.activation(h)).reshape(self.out_shape + x.shape[1:])
+        bias = jnp.zeros((self.head.weight.shape[0],)) if self.head.bias is None else self.head.bias
+        bias = bias.reshape(self.out_shape)
+        if offset is not None:
+            bias = bias + expand(offset, bias.ndim)
+        weight = self.head.weight.reshape((*self.out_shape, self.head.weight.shape[1]))
+        return affine(weight, bias, self.activation(h))
 
 
 class Concatenated(eqx.Module):
