@@ -265,7 +265,7 @@ def other_objective(flow, batch, key):
     [
         ({"steps": 30}, "steps = 20, and this one has 30"),
         ({"batch_size": 8}, "batch_size = 81, and this one has 8"),
-        ({"learning_rate": 0.5}, "learning_rate = 0.001, and this one has 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate = 0.003, and this one has 0.5"),
         ({"validation": 0.3}, "data = "),
         ({"key": 1}, "key = "),
         ({"data": X + 1}, "data = "),

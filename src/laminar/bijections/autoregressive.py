@@ -83,16 +83,14 @@ class MaskedAutoregressive(AbstractBijection):
 
     def inverse(self, y, condition=None, *, key=None):
         """Data → latent, by one dense pass."""
-        return _dense_pass(self, y, condition)
+        # For the gradient the parameters of all entries, where they are by far the largest arrays,
+        # are computed again: that is faster than to write and read them.
+        large = self.net.params * self.net.dim > 4 * self.net.width
+        dense_pass = eqx.filter_checkpoint(_dense_pass) if large else _dense_pass
+        return dense_pass(self, y, condition)
 
 
-@eqx.filter_checkpoint
 def _dense_pass(layer: MaskedAutoregressive, y: Array, condition: Array | None):
-    """The inverse; for its gradient only y is kept.
-
-    The parameters of all entries are by far the largest arrays, so computing them twice is faster
-    than to write and read them back.
-    """
     theta = layer.net(y, condition, layer.template.params)
     x, log_det = layer.template.inverse_kernel(theta, y)
     return x, log_det.sum(0)

@@ -346,8 +346,9 @@ def _search_and_keep(layout, interval, least, search_y, point, raw):
     bins, (lo, _) = layout.bins, interval
     shape = jnp.broadcast_shapes(point.shape, raw.shape[1:])
     sides = []
+    weights = _exp(lax.slice_in_dim(raw, 0, 2 * bins))
     for axis in range(2):
-        exps = [_exp(row) for row in _rows(raw, axis * bins, (axis + 1) * bins)]
+        exps = _rows(weights, axis * bins, (axis + 1) * bins)
         sides.append((exps, list(itertools.accumulate(exps, jnp.add))))
     _, cumulative = sides[search_y]
     floor, free = _spans(layout, interval, least[search_y])

@@ -78,7 +78,7 @@ def fit(
     objective: Objective = nll,
     steps: int | None = None,
     batch_size: int = 256,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     schedule: Schedule | None = None,
     optimizer: optax.GradientTransformation | None = None,
     clip: float | None = 5.0,
