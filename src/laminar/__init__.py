@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from laminar.bijections.elementwise import SinhArcsinh as SinhArcsinh
     from laminar.bijections.elementwise import Softplus as Softplus
     from laminar.bijections.elementwise import Tanh as Tanh
-    from laminar.bijections.elementwise import as_elementwise as as_elementwise
     from laminar.bijections.elementwise import logit as logit
     from laminar.bijections.linear import LU as LU
     from laminar.bijections.linear import ActNorm as ActNorm
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from laminar.bijections.quantile import QuantileMap as QuantileMap
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
+    from laminar.bijections.templates import as_elementwise as as_elementwise
     from laminar.conditional import ConditionalMixture as ConditionalMixture
     from laminar.density import AbstractDistribution as AbstractDistribution
     from laminar.density import Estimate as Estimate
@@ -130,13 +130,13 @@ _NAMES = {
         "SinhArcsinh",
         "Softplus",
         "Tanh",
-        "as_elementwise",
         "logit",
     ),
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
     "laminar.bijections.numerical": ("NumericalInverse",),
     "laminar.bijections.quantile": ("QuantileMap",),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
+    "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
     "laminar.density": ("AbstractDistribution", "Estimate"),
     "laminar.diagnose": ("CheckReport", "check"),

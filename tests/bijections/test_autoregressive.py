@@ -143,6 +143,24 @@ def test_multiply_adds_are_those_of_about_one_dense_pass():
     assert dense <= flops(layer.forward) <= 1.4 * dense
 
 
+def test_the_splines_of_stacked_layers_look_nothing_up():
+    """Or else the compiler could not vectorise them: see `laminar.nn.mlp.affine`."""
+
+    def layer(key):
+        return masked_autoregressive(6, RationalQuadratic(8), width=16, depth=2, key=key)
+
+    flow = repeat(layer, 3, key=jr.key(0))
+    arrays, static = eqx.partition(flow, eqx.is_array)
+
+    def run(arrays, x):
+        return eqx.combine(arrays, static).inverse(x)
+
+    text = jax.jit(run).lower(arrays, jnp.zeros((6, 64))).compile().as_text()
+    parts = [part for part in text.split("\n\n") if "log-plus-one(" in part]
+    assert parts
+    assert not any("dynamic-slice(" in part for part in parts)
+
+
 def _multiply_adds(jaxpr) -> int:
     total = 0
     for eqn in jaxpr.eqns:

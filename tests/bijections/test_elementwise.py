@@ -24,9 +24,9 @@ from laminar.bijections.elementwise import (
     SinhArcsinh,
     Softplus,
     Tanh,
-    as_elementwise,
     logit,
 )
+from laminar.bijections.templates import as_elementwise
 
 MAPS = {
     "affine": Affine(0.3, 2.0),

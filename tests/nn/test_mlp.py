@@ -14,6 +14,7 @@ from laminar.nn.mlp import (
     Dense,
     activation_gain,
     apply_network,
+    matmul,
     resolve_activation,
     time_features,
 )
@@ -154,3 +155,15 @@ def test_errors_name_both_shapes():
     with pytest.raises(InputError, match="needs a condition"):
         MLP(3, 2, key=jr.key(0), film=True)
     assert resolve_activation("silu") is jax.nn.silu
+
+
+def test_the_gradient_of_a_product_copies_no_cotangent():
+    weight, h, cotangent = jnp.ones((5, 7, 3)), jnp.ones((3, 11)), jnp.ones((5, 7, 11))
+
+    def pull(weight, h, cotangent):
+        # A source that would be computed twice if one product wanted it in another order.
+        return jax.vjp(matmul, weight, h)[1](jnp.sqrt(cotangent))
+
+    text = jax.jit(pull).lower(weight, h, cotangent).compile().as_text()
+    assert "f32[35,11]" in text
+    assert "f32[11,35]" not in text

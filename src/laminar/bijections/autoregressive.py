@@ -9,7 +9,8 @@ import jax
 from laminar._errors import ShapeError
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform
-from laminar.bijections.elementwise import AbstractElementwise, as_elementwise
+from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.templates import as_elementwise
 from laminar.nn.masked import MaskedMLP
 
 

@@ -12,7 +12,8 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform, call
-from laminar.bijections.elementwise import AbstractElementwise, as_elementwise
+from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.templates import as_elementwise
 from laminar.nn.mlp import MLP, Activation, apply_network
 
 

@@ -230,13 +230,14 @@ def apply_knots(knots: Knots, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         k = np.clip(np.searchsorted(u, x[:, j], side="right") - 1, 0, len(u) - 2)
         r = np.clip((x[:, j] - u[k]) / (u[k + 1] - u[k]), 0, 1)
         left, right, secant = s[k], s[k + 1], (u[k + 1] - u[k]) / (v[k + 1] - v[k])
-        bend = left + right - 2 * secant
-        b = left - r * bend
-        root = np.sqrt(np.maximum(b**2 + 4 * (secant - left + r * bend) * secant * r, 0))
-        t = np.clip(2 * secant * r / (b + root), 0, 1)
-        bottom = secant + bend * t * (1 - t)
-        top = right * t**2 + 2 * secant * t * (1 - t) + left * (1 - t) ** 2
-        log_det -= np.log(secant**2 * top / bottom**2)
+        # As `laminar.bijections.splines.rational_place`, in float64 whatever JAX is set to.
+        u_r = left * (1 - r) - right * r
+        near = np.sqrt(u_r**2 + 4 * secant**2 * r * (1 - r)) + np.abs(u_r)
+        far = 2 * secant * np.where(u_r >= 0, r, 1 - r)
+        t, rest = np.where(u_r >= 0, (far, near), (near, far)) / (near + far)
+        bottom = secant * (t**2 + rest**2) + (left + right) * t * rest
+        top = right * t**2 + 2 * secant * t * rest + left * rest**2
+        log_det -= 2 * np.log(secant) + np.log(top) - 2 * np.log(bottom)
         below, above = np.minimum(x[:, j] - u[0], 0), np.maximum(x[:, j] - u[-1], 0)
         out[:, j] = v[k] + (v[k + 1] - v[k]) * t + below / s[0] + above / s[-1]
     return out, log_det
