@@ -1,13 +1,21 @@
 """What the benchmarks share: their options, the public arrays, and results that are not lost."""
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+
+from laminar._version import __version__
+
+_SAME = {"laminar": "laminar", "cpu": "", "cores": "cores:", "python": "Python", "system": ""}
+"""What results of one file must share, with the word before each in a sentence."""
 
 
 def parser(
@@ -24,6 +32,46 @@ def parser(
         "--optional", action="store_true", help="skip, with success, if the data are not there"
     )
     return made
+
+
+def names_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """A type of options: names with commas between them, each one that is known."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        for name in names:
+            if name not in known:
+                raise ValueError(name)
+        return names
+
+    # The name stands in the message about a wrong value.
+    parse.__name__ = f"list of {', '.join(known)}"
+    return parse
+
+
+def cores() -> int:
+    """Cores that this process may use, or all where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict:
+    """What figures hold for."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "laminar": __version__,
+        "cpu": name,
+        "cores": cores(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def missing(what: str, optional: bool) -> NoReturn:
@@ -81,6 +129,17 @@ def refuse_change(where: Path, written: dict, here: dict) -> None:
             raise SystemExit(
                 f"{where} was made with {option} {written.get(name)}, not {value}: give the same "
                 "options to resume, or --restart."
+            )
+
+
+def refuse_elsewhere(where: Path, written: dict, here: dict) -> None:
+    """Refuse to go on with the results of another machine or another laminar (see `machine`)."""
+    for name, word in _SAME.items():
+        if written.get(name) != here[name]:
+            old, new = (f"{word} {found.get(name)}".strip() for found in (written, here))
+            raise SystemExit(
+                f"{where} was made with {old}, not {new}: figures of one file must be comparable; "
+                "give another --out, or --restart."
             )
 
 

@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 import _common
 import numpy as np
-from _speed.envs import NoEnvironmentError, python_of
-from _speed.measure import machine, variables
+from _speed.envs import interpreters
+from _speed.measure import variables
 
 from laminar._files import atomic_write
 
@@ -296,34 +296,6 @@ def picture(records: list[dict], path: Path) -> None:
     _pictures.write(made, path)
 
 
-def interpreters(args) -> dict[str, Path | str]:
-    """For each entrant the interpreter of its environment, or why there is none."""
-    found: dict[str, Path | str] = {}
-    for name in args.libraries:
-        environment = ENTRANTS[name].environment
-        try:
-            found[name] = (
-                Path(sys.executable)
-                if environment is None
-                else python_of(environment, args.envs, False)
-            )
-        except NoEnvironmentError as error:
-            found[name] = str(error)
-    return found
-
-
-def _list(known):
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        for name in names:
-            if name not in known:
-                raise ValueError(name)
-        return names
-
-    parse.__name__ = f"list of {', '.join(known)}"
-    return parse
-
-
 def options():
     parser = _common.parser(
         "Fitting to the same validation log-likelihood: laminar, FlowJAX and zuko.",
@@ -331,8 +303,8 @@ def options():
         out=Path("runs/race.jsonl"),
         default=600,
     )
-    parser.add_argument("--data", type=_list(DATA), default=tuple(DATA))
-    parser.add_argument("--libraries", type=_list(ENTRANTS), default=tuple(ENTRANTS))
+    parser.add_argument("--data", type=_common.names_of(DATA), default=tuple(DATA))
+    parser.add_argument("--libraries", type=_common.names_of(ENTRANTS), default=tuple(ENTRANTS))
     parser.add_argument("--rounds", type=int, default=1, help="each with a seed of its own")
     parser.add_argument("--patches", type=int, default=100_000, help="rows of bsds300")
     parser.add_argument("--layers", type=int, default=5)
@@ -348,7 +320,8 @@ def options():
 def run(args, records: list[dict]) -> None:
     """Fit whatever is missing; the results are written after every fit."""
     done = {(r["data"], r["round"], r["library"]) for r in records}
-    pythons = interpreters(args)
+    environments = {name: ENTRANTS[name].environment for name in args.libraries}
+    pythons = interpreters(environments, args.envs)
     for number in range(args.rounds):
         for name in args.data:
             left = [lib for lib in args.libraries if (name, number, lib) not in done]
@@ -365,7 +338,10 @@ def run(args, records: list[dict]) -> None:
                     records.append(
                         {"data": name, "round": number, "library": library}
                         | {"rows": [len(train), len(validation), train.shape[1]]}
-                        | {"options": {n: getattr(args, n) for n in KEPT}, "machine": machine()}
+                        | {
+                            "options": {n: getattr(args, n) for n in KEPT},
+                            "machine": _common.machine(),
+                        }
                         | found
                     )
                     lines = "".join(json.dumps(r) + "\n" for r in records)

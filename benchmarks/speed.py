@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import _common
-from _speed.cells import ARCHITECTURES, DIMS, LIBRARIES, Cell, cells
-from _speed.envs import NoEnvironmentError, python_of
+from _speed.cells import ARCHITECTURES, COMPILED, DIMS, LIBRARIES, Cell, cells
+from _speed.envs import interpreters
 from _speed.measure import KEPT, CellRun
 from _speed.report import report
 
@@ -29,9 +29,11 @@ def options():
         out=Path("runs/speed.jsonl"),
         default=3600,
     )
-    parser.add_argument("--archs", type=_list(ARCHITECTURES), default=tuple(ARCHITECTURES))
+    parser.add_argument(
+        "--archs", type=_common.names_of(ARCHITECTURES), default=tuple(ARCHITECTURES)
+    )
     parser.add_argument("--dims", type=lambda s: tuple(map(int, s.split(","))), default=DIMS)
-    parser.add_argument("--libraries", type=_list(LIBRARIES), default=tuple(LIBRARIES))
+    parser.add_argument("--libraries", type=_common.names_of(LIBRARIES), default=tuple(LIBRARIES))
     parser.add_argument(
         "--compile",
         choices=("none", "some", "all"),
@@ -59,39 +61,6 @@ def options():
     return args
 
 
-def _list(known):
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
-        for name in names:
-            if name not in known:
-                raise ValueError(name)
-        return names
-
-    parse.__name__ = f"list of {', '.join(known)}"
-    return parse
-
-
-def interpreters(args) -> dict[str, Path | str]:
-    """For each library the interpreter of its environment, or why there is none."""
-    found: dict[str, Path | str] = {}
-    made: dict[str, Path | str] = {}
-    for name in args.libraries:
-        environment = LIBRARIES[name].environment
-        if name == "zuko_compiled" and args.compile == "none":
-            continue
-        if environment is None:
-            found[name] = Path(sys.executable)
-            continue
-        if environment not in made:
-            try:
-                made[environment] = python_of(environment, args.envs, args.gpu)
-            except NoEnvironmentError as error:
-                print(error, file=sys.stderr, flush=True)
-                made[environment] = str(error)
-        found[name] = made[environment]
-    return found
-
-
 def main():
     args = options()
     if args.report:
@@ -104,7 +73,12 @@ def main():
     for record in records:
         asked = {name: getattr(args, name) for name in KEPT}
         _common.refuse_change(args.out, record["options"], asked)
-    pythons = interpreters(args)
+    environments = {
+        name: LIBRARIES[name].environment
+        for name in args.libraries
+        if name != COMPILED or args.compile != "none"
+    }
+    pythons = interpreters(environments, args.envs, args.gpu)
     done = {Cell(r["arch"], r["dim"]) for r in records}
     left = [cell for cell in cells(args.archs, args.dims) if cell not in done]
     while left and time.monotonic() - begun <= args.budget:

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -11,6 +12,28 @@ _MARK = "made-from"
 
 class NoEnvironmentError(Exception):
     """An environment that could not be made; the message is one sentence."""
+
+
+def interpreters(
+    environments: Mapping[str, str | None], folder: Path, gpu: bool = False
+) -> dict[str, Path | str]:
+    """For each library the interpreter of its environment, or why there is none.
+
+    Args:
+        environments: For each library its environment, None for the one that runs this.
+        folder: Where environments are kept.
+        gpu: Whether they are for a GPU.
+    """
+    made: dict[str | None, Path | str] = {None: Path(sys.executable)}
+    for environment in environments.values():
+        if environment is None or environment in made:
+            continue
+        try:
+            made[environment] = python_of(environment, folder, gpu)
+        except NoEnvironmentError as error:
+            print(error, file=sys.stderr, flush=True)
+            made[environment] = str(error)
+    return {name: made[environment] for name, environment in environments.items()}
 
 
 def python_of(name: str, folder: Path, gpu: bool, timeout: float = 900) -> Path:

@@ -3,13 +3,12 @@
 Memory comes last, since measuring it changes how the allocator works.
 """
 
-import datetime
-import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+
+from _common import cores, machine
 
 from _speed.cells import (
     INTERVAL,
@@ -36,7 +35,7 @@ def variables(gpu: bool, folder: Path) -> dict[str, str]:
     All cores for everyone, one device, and no compiled program kept from an earlier run, since the
     first call is measured.
     """
-    threads = str(len(os.sched_getaffinity(0)))
+    threads = str(cores())
     shared = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -50,23 +49,6 @@ def variables(gpu: bool, folder: Path) -> dict[str, str]:
         # Two JAX processes and those of PyTorch share the memory.
         return shared | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
     return shared | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def machine() -> dict:
-    """What the figures hold for."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def held_by_others(seconds: float = 0.5) -> float | None:

@@ -71,7 +71,8 @@ class JaxAdapter:
             "versions": {name: importlib.metadata.version(name) for name in names},
             "platform": device.platform,
             "device": device.device_kind,
-            "threads": len(os.sched_getaffinity(0)),
+            # JAX takes all cores, which the script that starts the worker has counted.
+            "threads": int(os.environ["OMP_NUM_THREADS"]),
         }
 
     def device_memory(self):

@@ -123,7 +123,7 @@ class Adapter:
         self.name = name
         self.library = name.removesuffix("_compiled")
         self.compiled = name.endswith("_compiled")
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         if DEVICE.type == "cuda":
             # What JAX does by default: products in TF32.
             torch.set_float32_matmul_precision("high")
