@@ -16,7 +16,7 @@ from pathlib import Path
 import _common
 from _speed.cells import ARCHITECTURES, COMPILED, DIMS, LIBRARIES, Cell, cells
 from _speed.envs import interpreters
-from _speed.measure import KEPT, CellRun
+from _speed.measure import CellRun, failed, kept_options
 from _speed.report import report
 
 from laminar._files import atomic_write
@@ -25,7 +25,7 @@ from laminar._files import atomic_write
 def options():
     parser = _common.parser(
         (__doc__ or "").splitlines()[0],
-        budget="seconds, environments included, after which no other cell begins",
+        budget="seconds, environments included, after which nothing else begins (%(default)s)",
         out=Path("runs/speed.jsonl"),
         default=3600,
     )
@@ -61,6 +61,13 @@ def options():
     return args
 
 
+def to_measure(wanted: list[Cell], records: list[dict]) -> list[Cell]:
+    """Cells without results, and after them those of which something failed."""
+    done = {Cell(r["arch"], r["dim"]): failed(r) for r in records}
+    again = [cell for cell in wanted if done.get(cell)]
+    return [cell for cell in wanted if cell not in done] + again
+
+
 def main():
     args = options()
     if args.report:
@@ -71,25 +78,25 @@ def main():
     _common.guard([args.out], args)
     records = _common.read_lines(args.out)
     for record in records:
-        asked = {name: getattr(args, name) for name in KEPT}
-        _common.refuse_change(args.out, record["options"], asked)
+        _common.refuse_change(args.out, record["options"], kept_options(args))
+        _common.refuse_elsewhere(args.out, record["machine"], _common.machine())
     environments = {
         name: LIBRARIES[name].environment
         for name in args.libraries
         if name != COMPILED or args.compile != "none"
     }
     pythons = interpreters(environments, args.envs, args.gpu)
-    done = {Cell(r["arch"], r["dim"]) for r in records}
-    left = [cell for cell in cells(args.archs, args.dims) if cell not in done]
+    left = to_measure(cells(args.archs, args.dims), records)
     while left and time.monotonic() - begun <= args.budget:
         cell = left.pop(0)
         print(f"{time.monotonic() - begun:5.0f} s  {cell.words}", file=sys.stderr, flush=True)
-        records.append(CellRun(cell, pythons, args, begun + args.budget).measure())
+        found = CellRun(cell, pythons, args, begun + args.budget).measure()
+        records = [r for r in records if (r["arch"], r["dim"]) != cell] + [found]
         atomic_write(args.out, "".join(json.dumps(r) + "\n" for r in records).encode())
     print(report(records))
     if left:
         names = "; ".join(cell.words for cell in left)
-        print(f"\nNot begun within {args.budget:.0f} s: {names}.")
+        print(f"\nNot begun within {args.budget:.0f} s, or not again: {names}.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ TRAIN_BATCHES = 16
 
 OPS = {"step": "training step", "log_prob": "log_prob", "sample": "sampling"}
 
+NOT_BEGUN = "not begun within the budget"
+"""The reason of what is left out for want of time, beside those of what failed."""
+
 
 class Library(NamedTuple):
     """A library: its environment, None for the one that runs the script, and its adapter."""

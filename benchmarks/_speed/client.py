@@ -47,16 +47,23 @@ class Worker:
         self._left = b""
 
     def start(self) -> None:
-        """Start the process and let it build; `finish_start` waits for it."""
+        """Start the process and let it build; `finish_start` waits for it.
+
+        Raises:
+            WorkerError: If there is no such interpreter, or it cannot be started.
+        """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (the process writes to it)
         self._left = b""
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=os.environ | self._variables,
-        )
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=os.environ | self._variables,
+            )
+        except OSError as error:
+            raise WorkerError(f"it cannot be started: {error}") from error
         self._send(self._process, {"do": "build", "spec": self.spec})
 
     def finish_start(self) -> dict:
@@ -80,9 +87,13 @@ class Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            # Closes the pipes, and waits.
-            with process:
-                self._log.close()
+            for stream in (process.stdin, process.stdout):
+                # Closing sends what was written to a process that is no more, and fails.
+                with contextlib.suppress(OSError):
+                    if stream is not None:
+                        stream.close()
+            process.wait()
+            self._log.close()
 
     @staticmethod
     def _send(process: subprocess.Popen | None, request: dict) -> None:

@@ -13,6 +13,7 @@ from _common import cores, machine
 from _speed.cells import (
     INTERVAL,
     LIBRARIES,
+    NOT_BEGUN,
     OPS,
     TRAIN_BATCHES,
     Cell,
@@ -75,7 +76,8 @@ class CellRun:
         cell: The cell.
         pythons: For each library the interpreter of its environment, or why there is none.
         args: Options of the script.
-        deadline: The time, by ``time.monotonic()``, after which no other round begins; one is done.
+        deadline: The time, by ``time.monotonic()``, after which no first call, no other round and
+            no look at memory begins. One round is done of what was called before.
     """
 
     def __init__(self, cell: Cell, pythons: dict[str, Path | str], args, deadline: float):
@@ -116,12 +118,13 @@ class CellRun:
                 for name in list(self.workers):
                     self._first(name, op)
             rounds = 0
-            while rounds < self.args.rounds and (not rounds or time.monotonic() < self.deadline):
+            while rounds < self.args.rounds and not (rounds and self._late()):
                 self._round(rounds)
                 rounds += 1
             for op in OPS:
                 for name in list(self.workers):
-                    self._memory(name, op)
+                    if not self._late():
+                        self._memory(name, op)
             analysis = self._analysis()
         finally:
             for worker in self.workers.values():
@@ -129,7 +132,7 @@ class CellRun:
         others.append(held_by_others())
         return {
             **self.cell._asdict(),
-            "options": {n: getattr(self.args, n) for n in KEPT},
+            "options": kept_options(self.args),
             "rounds": rounds,
             "machine": machine() | {"held_by_others": max(o or 0.0 for o in others)},
             "libraries": self.results,
@@ -144,8 +147,11 @@ class CellRun:
 
     def _start(self) -> None:
         """Start all at once, as importing takes longest; then hear each."""
-        for worker in self.workers.values():
-            worker.start()
+        for name, worker in list(self.workers.items()):
+            try:
+                worker.start()
+            except WorkerError as error:
+                self._drop(name, error)
         for name, worker in list(self.workers.items()):
             try:
                 found = worker.finish_start()
@@ -154,13 +160,19 @@ class CellRun:
                     raise WorkerError(f"it runs on {found['platform']}, laminar on {ours}")
                 self.results[name] |= found
             except WorkerError as error:
-                self.results[name]["error"] = str(error)
-                print(f"  {LIBRARIES[name].title}: {error}.", file=sys.stderr, flush=True)
-                worker.end()
-                del self.workers[name]
+                self._drop(name, error)
         ours = self.results.get("laminar", {}).get("ops", {})
         if "laminar" in self.workers and self._rows("sample") < self.args.rows:
             ours["sample_own"] = {"rows": self.args.rows}
+
+    def _drop(self, name: str, error: WorkerError) -> None:
+        """Leave a library out of the cell, with the reason."""
+        self.results[name]["error"] = str(error)
+        print(f"  {LIBRARIES[name].title}: {error}.", file=sys.stderr, flush=True)
+        self.workers.pop(name).end()
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self.deadline
 
     def _ask(self, name: str, op: str, **request) -> dict | None:
         """An answer, or None where this operation of this library has failed, now or before."""
@@ -177,6 +189,10 @@ class CellRun:
             return None
 
     def _first(self, name: str, op: str) -> None:
+        kept = self.results[name]["ops"].get(op)
+        if kept is not None and self._late():
+            kept["error"] = NOT_BEGUN
+            return
         answer = self._ask(name, op, do="first")
         if answer is not None:
             self.results[name]["ops"][op]["first_s"] = answer["seconds"]
@@ -203,6 +219,8 @@ class CellRun:
     def _floor_round(self) -> None:
         masked = [f"{op}_masked" for op in _FLOOR] if self.cell.arch != "nsf_coupling" else []
         for op in (*_FLOOR, *masked, *_PEAKS):
+            if "error" in self.floor.get(op, {}):
+                continue
             rows = self._rows(_FLOOR.get(op.removesuffix("_masked"), "log_prob"))
             request = {"do": "run", "op": op, "rows": rows, "seconds": self.args.seconds}
             try:
@@ -225,5 +243,19 @@ class CellRun:
             return {"error": str(error)}
 
 
-KEPT = ("rows", "batch", "layers", "width", "bins", "gpu")
-"""Options that results must share to stand in one table."""
+def failed(record: dict) -> bool:
+    """Whether something of a cell failed, or was not begun, and is to be tried again."""
+    parts = [*record["libraries"].values(), *record["floor"].values(), record["xla"]]
+    ops = [
+        (op, kept) for found in record["libraries"].values() for op, kept in found["ops"].items()
+    ]
+    unseen = any(op in OPS and "memory_bytes" not in kept for op, kept in ops)
+    errors = any("error" in part for part in (*parts, *(kept for _, kept in ops)))
+    return errors or unseen or record["rounds"] < record["options"]["rounds"]
+
+
+def kept_options(args) -> dict:
+    """The options that results must share to stand in one table."""
+    names = ("rows", "batch", "layers", "width", "bins", "gpu", "rounds", "seconds", "compile")
+    # Lists, as they come back from the file of results.
+    return {name: getattr(args, name) for name in names} | {"libraries": sorted(args.libraries)}

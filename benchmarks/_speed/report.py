@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from _speed.cells import ARCHITECTURES, LIBRARIES, OPS
+from _speed.cells import ARCHITECTURES, LIBRARIES, NOT_BEGUN, OPS
 
 _RATIOS = ("flowjax", "zuko", "zuko_compiled")
 _BUSY = 0.1
@@ -119,7 +119,7 @@ def _times(records, present) -> str:
 
 def _cell(record, name, op) -> str:
     found = record["libraries"].get(name, {}).get("ops", {}).get(op)
-    if found is None:
+    if found is None or found.get("error") == NOT_BEGUN:
         return "–"
     seconds = seconds_of(record, name, op)
     return "failed" if seconds is None else _digits(1e3 * seconds)
