@@ -1,9 +1,9 @@
 """laminar's part of a race: `laminar.train.fit` as a user calls it.
 
-Without --limit nothing is given but the flow and the rows: AdamW at 1e-3, a cosine over about 50
-epochs, batches of 256, patience of 20 validations. With --limit the budget is given as
-`time_limit`: the rate is then constant and falls over the last fifth. The history has the times,
-which count from the call; it is read as it grows, so that a fit can be stopped at the budget.
+Without --limit nothing is given but the flow and the rows: optimiser, rate, schedule, batch and
+patience are what `fit` does by default, and batch and rate are noted beside the curve. With --limit
+the budget is given as `time_limit`, which the schedule of the rate then fills. The history has the
+times, which count from the call; it is read as it grows, so that a fit can be stopped at the budget.
 """
 
 import importlib
@@ -17,16 +17,22 @@ from laminar.train import fit
 from laminar.train.source import as_batch
 from laminar.zoo import nsf
 
-BATCH = inspect.signature(fit).parameters["batch_size"].default
+DEFAULTS = {name: given.default for name, given in inspect.signature(fit).parameters.items()}
+BATCH, RATE = DEFAULTS["batch_size"], DEFAULTS["learning_rate"]
 
 
 def follow(curve: Curve, rows: int, stops: bool) -> None:
-    """Have every validation that the history notes added to the curve."""
+    """Have every validation that the history notes added to the curve.
+
+    The one before the first step is left out: the rivals have none.
+    """
     books = importlib.import_module("laminar.train.fit")._Books
     note = books.add_assessment
 
     def noted(self, step, elapsed, assessment):
         note(self, step, elapsed, assessment)
+        if step == 0:
+            return
         point = {"epoch": step * BATCH / rows, "seconds": elapsed}
         try:
             curve.add(-float(assessment.loss), **point)
@@ -52,7 +58,7 @@ def main():
         bins=args.bins,
     )
     limit = {"time_limit": args.budget} if args.limit else {}
-    curve.write(versions={"laminar": laminar.__version__}, batch_size=BATCH)
+    curve.write(versions={"laminar": laminar.__version__}, batch_size=BATCH, rate=RATE)
     curve.begin()
     reason = "budget"
     try:

@@ -13,7 +13,8 @@ compilation counts; imports and building the flow do not.
 
 Every fit ends at the budget at the latest. The target is the lowest of the best values that the
 libraries reach, less 0.01 nat, so that all reach it. The time to a level is that of a curve's first
-crossing, linear between its points. "cores" says how many a fit had on average: on a machine that
+crossing, linear between its points, the first of which is a validation after training has begun. A
+fit that failed sets no target. "cores" says how many a fit had on average: on a machine that
 does nothing else, about as many as it can use.
 
     LAMINAR_DATA=… python benchmarks/race.py --budget 600 [--resume] [--picture race.png]
@@ -164,7 +165,8 @@ class Round(NamedTuple):
     @classmethod
     def of(cls, records: list[dict]) -> "Round":
         curves = {r["library"]: within(r, r["options"]["budget"]) for r in records}
-        tops = [top[1] for curve in curves.values() if (top := best(curve)) is not None]
+        sound = [curves[r["library"]] for r in records if "error" not in r]
+        tops = [top[1] for curve in sound if (top := best(curve)) is not None]
         return cls(curves, min(tops) - MARGIN if tops else None)
 
     def time(self, library: str, gap: float = 0.0) -> float | None:
@@ -213,6 +215,8 @@ def table(records: list[dict], data: str) -> str:
         tops = [top for r in rounds if (top := best(r.curves.get(library, []))) is not None]
         if not own:
             continue
+        # Of a fit that ended early nothing may be known but why.
+        sound = [r for r in own if "error" not in r]
         if not tops:
             lines.append(f"{entrant.title:16}no value within the budget")
             continue
@@ -221,10 +225,10 @@ def table(records: list[dict], data: str) -> str:
             f"{entrant.title:16}{median(t[1] for t in tops):9.3f}{median(t[0] for t in tops):8.1f}"
             + shown(times[0], ".1f", 10)
             + "".join(shown(t, ".1f", 8) for t in times[1:])
-            + f"{own[0]['batch_size']:8}"
-            + shown(median(r.get("cores") for r in own), ".1f", 7)
+            + shown(median(r["batch_size"] for r in sound), ".0f", 8)
+            + shown(median(r["cores"] for r in sound), ".1f", 7)
             + "  "
-            + ", ".join(dict.fromkeys(r["reason"] or "failure" for r in own))
+            + ", ".join(dict.fromkeys("failure" if "error" in r else r["reason"] for r in own))
         )
     for ours in ("laminar", "laminar_limit"):
         found = [(rival, ratio(rounds, ours, rival)) for rival in RIVALS]
@@ -269,19 +273,24 @@ def picture(records: list[dict], path: Path) -> None:
     """The curves, one panel for each data set, with the target as a thin line."""
     import _pictures
 
-    names = [name for name in DATA if any(within(r, np.inf) for r in records if r["data"] == name)]
+    rounds_by_name = {name: rounds_of(records, name) for name in DATA}
+    names = [
+        n for n, rounds in rounds_by_name.items() if any(any(r.curves.values()) for r in rounds)
+    ]
     if not names:
+        print("There is nothing to draw: no fit has a value within the budget.")
         return
     made, panels = _pictures.figure("race.py", 1, len(names), 5.2, 3.9)
     for axes, name in zip(panels[0], names, strict=True):
-        rounds, values = rounds_of(records, name), []
-        for number, found in enumerate(rounds):
+        rounds, values, labelled = rounds_by_name[name], [], set()
+        for found in rounds:
             for library, curve in found.curves.items():
                 if not curve:
                     continue
                 entrant = ENTRANTS[library]
                 x, y = (np.asarray([point[i] for point in curve]) for i in (0, 1))
-                label = entrant.title if number == 0 else None
+                label = None if library in labelled else entrant.title
+                labelled.add(library)
                 axes.plot(x, y, entrant.dash, color=entrant.colour, lw=1.4, label=label)
                 values.append(y)
         everything = np.concatenate(values)
@@ -358,6 +367,7 @@ def main():
         for record in records:
             asked = {name: getattr(args, name) for name in KEPT}
             _common.refuse_change(args.out, record["options"], asked)
+            _common.refuse_elsewhere(args.out, record["machine"], _common.machine())
         # What failed is tried again.
         records = [r for r in records if "error" not in r]
         run(args, records)
