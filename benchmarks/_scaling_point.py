@@ -6,6 +6,8 @@ The last line of its output is the record as JSON.
 """
 
 import contextlib
+import ctypes
+import gc
 import json
 import resource
 import sys
@@ -36,16 +38,25 @@ class Memory:
     """Bytes that this process has come to hold since the beginning of a measurement.
 
     Linux counts pages of mapped files into the peak, though it takes them back when memory is
-    short. What streams from a file is therefore sampled without them.
+    short. What streams from a file is therefore sampled without them. Other systems cannot forget a
+    peak: there what stays below that of the compiler reads as nothing.
     """
 
     def __init__(self):
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here: what imports and the compiler needed for a moment is given back."""
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            # What the allocator keeps for later would hide what is taken from it.
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):
-            # The peak begins anew, so that what imports needed for a moment is not in it.
             Path("/proc/self/clear_refs").write_text("5")
-        self._peak, self._own = self._read("VmHWM"), self._read("RssAnon")
-        self._most = self._own
-        self._stop = threading.Event()
+        with self._lock:
+            self._peak, self._own = self._read("VmHWM"), self._read("RssAnon")
+            self._most = self._own
 
     def peak(self) -> int:
         """Growth of the peak, in bytes."""
@@ -57,7 +68,8 @@ class Memory:
 
         def watch():
             while not self._stop.wait(0.01):
-                self._most = max(self._most, self._read("RssAnon"))
+                with self._lock:
+                    self._most = max(self._most, self._read("RssAnon"))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -106,8 +118,10 @@ def log_prob(point: dict, memory: Memory) -> dict:
     """The public door on all rows at once; it cuts them into chunks itself."""
     flow = flow_of(point)
     shape = (point["rows"], point["dim"])
+    # Compiled on other rows, so that those that are scored count.
+    run, compiling = compiled(lambda flow, x: flow.log_prob(x), flow, jnp.zeros(shape))
+    memory.begin()
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
-    run, compiling = compiled(lambda flow, x: flow.log_prob(x), flow, x)
     times = repeated(lambda: run(flow, x), point["seconds"])
     return {"unit_s": np.median(times) / shape[0], "compile_s": compiling, "peak": memory.peak()}
 
@@ -116,15 +130,17 @@ def sample(point: dict, memory: Memory) -> dict:
     """So many draws at once."""
     flow, rows = flow_of(point), point["rows"]
     run, compiling = compiled(lambda flow, key: flow.sample(key, (rows,)), flow, jr.key(0))
+    memory.begin()
     times = repeated(lambda: run(flow, jr.key(1)), point["seconds"])
     return {"unit_s": np.median(times) / rows, "compile_s": compiling, "peak": memory.peak()}
 
 
-def trained(point: dict, data: Any, steps: Callable[[float], int]) -> dict:
+def trained(point: dict, data: Any, steps: Callable[[float], int], memory: Memory) -> dict:
     """Time of a row in training, and of compiling.
 
     `fit` is called for a few steps, twice, and once for more: what the first call takes beyond the
-    second is compilation, what the third takes beyond it are the further steps.
+    second is compilation, what the third takes beyond it are the further steps. Memory is counted
+    from the second on.
     """
     flow = nsf(point["dim"], key=jr.key(0), layers=point["layers"], width=point["width"])
 
@@ -135,7 +151,9 @@ def trained(point: dict, data: Any, steps: Callable[[float], int]) -> dict:
         return time.perf_counter() - begun
 
     few = 12
-    first, again = call(few), call(few)
+    first = call(few)
+    memory.begin()
+    again = call(few)
     more = steps(again / few)
     unit = (call(few + more) - again) / more / BATCH
     return {"unit_s": unit, "compile_s": first - again, "steps": more}
@@ -145,12 +163,19 @@ def step(point: dict, memory: Memory) -> dict:
     """Training steps on rows that are held in memory."""
     shape = (16 * BATCH, point["dim"])
     data = np.random.default_rng(0).standard_normal(shape, np.float32)
-    found = trained(point, data, lambda pace: int(np.clip(point["seconds"] / pace, 5, 500)))
+
+    def count(pace: float) -> int:
+        return int(np.clip(point["seconds"] / pace, 5, 500))
+
+    found = trained(point, data, count, memory)
     return found | {"peak": memory.peak()}
 
 
 def stream(point: dict, memory: Memory) -> dict:
-    """Training from a file on disk, each row once where there are as many steps as batches."""
+    """Training from a file, each row once where there are as many steps as batches.
+
+    The file was written a moment ago, so its pages are still in memory and no disk is waited for.
+    """
     rows, dim = point["rows"], point["dim"]
     with tempfile.TemporaryDirectory(dir=point["folder"]) as folder:
         path = Path(folder) / "rows.npy"
@@ -158,7 +183,7 @@ def stream(point: dict, memory: Memory) -> dict:
         with memory.sampled() as held:
             source = MappedSource(np.load(path, mmap_mode="r"))
             once = max(rows // BATCH, 100)
-            found = trained(point, source, lambda _: min(once, point["most_steps"]))
+            found = trained(point, source, lambda _: min(once, point["most_steps"]), memory)
             return found | {"peak": held(), "whole_pass": found["steps"] >= rows // BATCH}
 
 

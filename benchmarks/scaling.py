@@ -4,12 +4,14 @@ An autoregressive neural spline flow, hidden 128 × 2, 8 bins; 5 layers and 8 di
 are swept. Every point is measured in a process of its own.
 
 - rows: log_prob of ever more rows in one call, which cuts them into chunks itself; and training
-  from a file on disk that is never held in memory.
+  from a file that the process never holds. The system still holds it, as far as it can, since it
+  was written a moment ago: no disk is waited for.
 - dimensions and layers: log_prob, sampling, and a training step on 512 rows.
 
-Time is per row, and of a training step per row of its batch. Memory is what the process comes to
-hold beyond what it held after importing; the rows and the result are in it, pages of mapped files
-are not. Compilation is tracing and compiling.
+Time is per row, and of a training step per row of its batch. Memory is the most that the process
+comes to hold beyond what it held once the program was compiled; the rows and the result are in it
+(in training what `fit` makes of the rows), pages of mapped files are not. MB are millions of bytes.
+Compilation is tracing and compiling.
 
     python benchmarks/scaling.py [--quick] [--budget 120] [--resume] [--picture scaling.png]
 """
@@ -92,7 +94,7 @@ def measure(point: Point, args) -> dict:
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, str(HERE / "_scaling_point.py"), json.dumps(spec)]
     record = {**point._asdict(), "dim": spec["dim"], "layers": spec["layers"], "rows": spec["rows"]}
-    record |= {"laminar": __version__, "quick": args.quick}
+    record |= {"laminar": __version__, "quick": args.quick, "machine": _common.machine()}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=args.timeout
@@ -153,9 +155,7 @@ def cell(sweep: str, record: dict) -> str:
     time_of_row = 1e6 * record["unit_s"]
     mark = "*" if record.get("whole_pass") is False else " "
     per = "" if sweep == "rows" else f"({time_of_row / record['value']:.3g})"
-    return (
-        f"{time_of_row:11.3g}{mark}{per:>8}{record['peak'] / 2**20:8.0f}{record['compile_s']:8.2f}"
-    )
+    return f"{time_of_row:11.3g}{mark}{per:>8}{record['peak'] / 1e6:8.0f}{record['compile_s']:8.2f}"
 
 
 def picture(records: list[dict], path: Path) -> None:
@@ -175,7 +175,7 @@ def picture(records: list[dict], path: Path) -> None:
     figure, panels = _pictures.figure("scaling.py", 3, len(sweeps), 4.0, 2.7)
     for column, sweep in enumerate(sweeps):
         unit = "µs a row" if sweep == "rows" else f"µs a row and {TITLES[sweep][:-1]}"
-        for row, label in enumerate((unit, "MB beyond imports", "seconds to compile")):
+        for row, label in enumerate((unit, "MB beyond compiling", "seconds to compile")):
             axes = panels[row, column]
             for task in TASKS[sweep]:
                 colour, dash = style[task]
@@ -185,9 +185,9 @@ def picture(records: list[dict], path: Path) -> None:
                 values = [max(quantities(r)[row], 1e-3) for r in chosen]
                 sizes = [r["value"] for r in chosen]
                 axes.plot(sizes, values, dash, color=colour, ms=3.5, lw=1.3, label=WORDS[task])
-            if (sweep, label) == ("rows", "MB beyond imports"):
+            if (sweep, label) == ("rows", "MB beyond compiling"):
                 sizes = sorted({r["value"] for r in good if r["sweep"] == sweep})
-                size_of = [4 * DIM * n / 2**20 for n in sizes]
+                size_of = [4 * DIM * n / 1e6 for n in sizes]
                 axes.plot(sizes, size_of, color=_pictures.GREY, lw=0.9, label="the rows alone")
             head = f"against {TITLES[sweep]}" if row == 0 else ""
             _pictures.dress(axes, head, TITLES[sweep], label, log_y=True)
@@ -198,7 +198,7 @@ def picture(records: list[dict], path: Path) -> None:
 def quantities(record: dict) -> tuple[float, float, float]:
     """Microseconds a row and unit of the sweep, megabytes, and seconds to compile."""
     units = 1 if record["sweep"] == "rows" else record["value"]
-    return 1e6 * record["unit_s"] / units, record["peak"] / 2**20, record["compile_s"]
+    return 1e6 * record["unit_s"] / units, record["peak"] / 1e6, record["compile_s"]
 
 
 def options():
@@ -236,6 +236,7 @@ def main():
     if not args.report:
         for record in records:
             _common.refuse_change(args.out, record, {"quick": args.quick})
+            _common.refuse_elsewhere(args.out, record.get("machine", {}), _common.machine())
         # What failed is tried again.
         records = [r for r in records if "error" not in r]
         done = {(r["sweep"], r["task"], r["value"]) for r in records}
