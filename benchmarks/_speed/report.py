@@ -210,7 +210,8 @@ def _floor(records) -> str:
             rows.append(row)
     caption = (
         "The floor: the matrix products alone. GFLOP/s counts the dense products only; GB/s the "
-        "bytes\nthat XLA's programs access, against parameters, inputs and outputs once (least). "
+        "bytes\nthat XLA's programs access, all layers and all chunks of rows together, against "
+        "parameters, inputs and\noutputs once (least). "
         f"Peaks: {_peaks(records)}"
     )
     return _table(caption, head, rows)

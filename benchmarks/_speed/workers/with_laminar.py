@@ -16,6 +16,7 @@ from laminar.bijections.base import Invert
 from laminar.bijections.compose import Chain, Permute, repeat
 from laminar.bijections.coupling import coupling
 from laminar.bijections.splines import RationalQuadratic
+from laminar.density import _chunk_size
 from laminar.distributions import Normal
 from laminar.flow import Flow
 from laminar.nn.mlp import Dense
@@ -125,20 +126,23 @@ class Adapter(JaxAdapter):
         """What XLA counts in programs of one layer, times the number of layers.
 
         It counts the body of a loop once, so the program of all layers, which scans over them,
-        cannot be asked. What layers share, such as the base, is counted with each.
+        cannot be asked. What layers share, such as the base, is counted with each. For the same
+        reason log_prob is asked about one of the chunks into which it cuts the rows.
         """
         spec = self.spec | {"layers": 1}
         flow, layers = flow_of(spec), self.spec["layers"]
         recipe = Recipe(flow, steps=1_000_000)
         batch = Batch(jnp.zeros((spec["batch"], spec["dim"])))
-        score = eqx.filter_jit(lambda flow, x: flow.log_prob(x, batch_size=rows))
+        size = _chunk_size(rows, self.flow._row_cost("forward"), None)
+        score = eqx.filter_jit(lambda flow, x: flow.log_prob(x, batch_size=size))
+        times = {"log_prob": layers * -(-rows // size), "step": layers}
         programs = {
-            "log_prob": score.lower(flow, self.x(rows)),
+            "log_prob": score.lower(flow, self.x(size)),
             "step": eqx.filter_jit(step).lower(init(jr.key(0), flow, recipe), batch, recipe),
         }
         found = {}
         for op, lowered in programs.items():
             cost = lowered.compile().compiled.cost_analysis() or {}
             names = {"flops": "flops", "bytes": "bytes accessed"}
-            found[op] = {name: layers * cost.get(key, float("nan")) for name, key in names.items()}
+            found[op] = {n: times[op] * cost.get(key, float("nan")) for n, key in names.items()}
         return found
