@@ -3,7 +3,7 @@
 Without --limit nothing is given but the flow and the rows: optimiser, rate, schedule, batch and
 patience are what `fit` does by default, and batch and rate are noted beside the curve. With --limit
 the budget is given as `time_limit`, which the schedule of the rate then fills. The history has the
-times, which count from the call; it is read as it grows, so that a fit can be stopped at the budget.
+times, which count from the call; it is read as it grows, so that the budget can end a fit.
 """
 
 import importlib
