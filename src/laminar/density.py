@@ -148,7 +148,8 @@ class AbstractDistribution(eqx.Module):
         x, batch = self._check_event(x, self.shape, "x")
         condition, cond_batch = self._check_condition(condition)
         target = broadcast(self.name, batch, cond_batch)
-        return apply_to_rows(_score, self, key, x, batch, condition, cond_batch, target, batch_size)
+        rows = (key, x, batch, condition, cond_batch, target, batch_size)
+        return apply_to_rows(_score, "inverse", self, *rows)
 
     def sample(
         self,
@@ -226,7 +227,8 @@ class AbstractDistribution(eqx.Module):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         condition, cond_batch = self._check_condition(condition)
         target = shape + cond_batch
-        return apply_to_rows(fn, self, key, None, (), condition, cond_batch, target, batch_size)
+        rows = (key, None, (), condition, cond_batch, target, batch_size)
+        return apply_to_rows(fn, "forward", self, *rows)
 
     def _check_key(self, key: PRNGKeyArray | None, method: str) -> None:
         if key is None and self.exactness != "exact":
@@ -375,12 +377,13 @@ def _piece(fn, dist, key, rows, x, condition):
 
 
 @eqx.filter_jit
-def apply_to_rows(fn, dist, key, x, batch, condition, cond_batch, target, batch_size):
+def apply_to_rows(fn, direction, dist, key, x, batch, condition, cond_batch, target, batch_size):
     """Run ``fn(dist, key, rows, x, condition)`` over all rows of a batch shape, in chunks.
 
     Args:
         fn: A function of the module level; it gets one chunk with the batch last, and returns
             arrays with the batch last.
+        direction: Which way it goes, which decides what a row costs.
         dist: The distribution, whose `_encode` and `_row_cost` are used.
         key: A key, split for the chunks, or None.
         x: Events ``batch + shape``, or None.
@@ -394,8 +397,7 @@ def apply_to_rows(fn, dist, key, x, batch, condition, cond_batch, target, batch_
         The tree that `fn` returns, with ``target`` in front.
     """
     count = math.prod(target)
-    cost = dist._row_cost("forward" if x is None else "inverse")
-    size = _chunk_size(count, cost, batch_size)
+    size = _chunk_size(count, dist._row_cost(direction), batch_size)
     dist, condition = dist._encode(condition, cond_batch, batch_size)
 
     def run(key, rows, x, condition):
@@ -461,7 +463,7 @@ def _chunk_size(count: int, cost: int, batch_size: int | None) -> int:
         return count
     # Equal chunks in whole vector registers waste the fewest padded rows.
     even = -(-count // -(-count // most))
-    return -(-even // 16) * 16
+    return even if most < 16 else min(-(-even // 16) * 16, most)
 
 
 def _in_chunks(run, key, count, size, sources):

@@ -275,8 +275,9 @@ class Flow(AbstractDistribution):
         points, batch = self._check_event(points, event, what)
         condition, cond_batch = self._check_condition(condition)
         target = broadcast(self.name, batch, cond_batch)
+        direction: Direction = "forward" if what == "z" else "inverse"
         return apply_to_rows(
-            fn, self, key, points, batch, condition, cond_batch, target, batch_size
+            fn, direction, self, key, points, batch, condition, cond_batch, target, batch_size
         )
 
 

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 from cases import randomise
@@ -159,6 +160,27 @@ def test_the_splines_of_stacked_layers_look_nothing_up():
     parts = [part for part in text.split("\n\n") if "log-plus-one(" in part]
     assert parts
     assert not any("dynamic-slice(" in part for part in parts)
+
+
+def test_gradients_that_compute_the_parameters_again_are_those_that_keep_them(monkeypatch):
+    layer = _layer(9, 4, 0, False)
+    y = jr.normal(jr.key(2), (9, 5))
+
+    def gradient():
+        def total(layer, y):
+            x, log_det = layer.inverse(y)
+            return jnp.sin(x).sum() + log_det.sum()
+
+        grads = eqx.filter_grad(total)(layer, y)
+        text = str(eqx.filter_make_jaxpr(eqx.filter_grad(total))(layer, y)[0])
+        return jtu.tree_leaves(eqx.filter(grads, eqx.is_inexact_array)), "remat" in text
+
+    again, twice = gradient()
+    monkeypatch.setattr("laminar.bijections.autoregressive._LARGE", 1_000)
+    kept, once = gradient()
+    assert (twice, once) == (True, False)
+    for a, b in zip(again, kept, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def _multiply_adds(jaxpr) -> int:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laminar._errors import InputError, ShapeError
+from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.compose import (
     Chain,
@@ -22,9 +23,11 @@ from laminar.bijections.compose import (
     repeat,
     reverse,
 )
+from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Exp, Shift
 from laminar.bijections.linear import ActNorm
 from laminar.bijections.path import first_steps
+from laminar.bijections.splines import RationalQuadratic
 
 
 class Conditioned(AbstractTransform):
@@ -203,3 +206,23 @@ def test_independent_learns_from_data_for_each_slice_or_for_all():
     np.testing.assert_allclose(stacked.inverse(data)[0].std(2), 1, rtol=1e-4)
     with pytest.raises(ShapeError, match="leading axis of 4"):
         Independent(own, 4, True)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("make", [coupling, masked_autoregressive])
+def test_a_stack_costs_what_a_layer_does(make, direction):
+    def layer(key):
+        options = {"width": 16, "depth": 1, "key": key}
+        if make is coupling:
+            return coupling(43, RationalQuadratic(8), **options)
+        return masked_autoregressive(43, RationalQuadratic(8), **options)
+
+    stack = repeat(layer, 3, key=jr.key(0))
+    assert stack.row_cost(direction) == stack.layer(0).row_cost(direction)
+    assert Chain([stack, Invert(stack)]).row_cost(direction) >= 23 * 21
+
+
+def test_the_incremental_inverse_holds_less_than_the_dense_pass():
+    layer = masked_autoregressive(43, RationalQuadratic(8), width=16, depth=1, key=jr.key(0))
+    assert layer.row_cost("forward") < layer.row_cost("inverse") / 3
+    assert Invert(layer).row_cost("inverse") == layer.row_cost("forward")

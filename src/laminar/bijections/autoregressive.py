@@ -13,6 +13,8 @@ from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.templates import as_elementwise
 from laminar.nn.masked import MaskedMLP
 
+_LARGE = 4  # of 184, 989 and 2,944 parameters on 128 units, the two latter gain (on a CPU)
+
 
 class MaskedAutoregressive(AbstractBijection):
     r"""A scalar map of every entry whose parameters depend on the entries before it.
@@ -74,8 +76,9 @@ class MaskedAutoregressive(AbstractBijection):
     def row_cost(self, direction):
         """All parameters at once in the dense pass, one entry's in the incremental one."""
         net = self.net
-        entries = 4 * net.dim + 16 if direction == "forward" else net.params * net.dim
-        return entries + net.width * (len(net.hidden) + 1)
+        if direction == "forward":
+            return net.params + 4 * net.dim + net.width * (len(net.hidden) + 1)
+        return net.params * net.dim + 2 * net.width
 
     def forward(self, x, condition=None, *, key=None):
         """Latent → data, by the incremental pass."""
@@ -84,16 +87,16 @@ class MaskedAutoregressive(AbstractBijection):
 
     def inverse(self, y, condition=None, *, key=None):
         """Data → latent, by one dense pass."""
-        # For the gradient the parameters of all entries, where they are by far the largest arrays,
-        # are computed again: that is faster than to write and read them.
-        large = self.net.params * self.net.dim > 4 * self.net.width
-        dense_pass = eqx.filter_checkpoint(_dense_pass) if large else _dense_pass
-        return dense_pass(self, y, condition)
+        h = self.net.units(y, condition)
+        # The gradient keeps h and, where they are much larger, not the parameters of all entries:
+        # to compute them again is then faster than to write and read them.
+        large = self.net.params * self.net.dim > _LARGE * self.net.width
+        transform = eqx.filter_checkpoint(_transform) if large else _transform
+        return transform(self.template, self.net, h, y)
 
 
-def _dense_pass(layer: MaskedAutoregressive, y: Array, condition: Array | None):
-    theta = layer.net(y, condition, layer.template.params)
-    x, log_det = layer.template.inverse_kernel(theta, y)
+def _transform(template: AbstractElementwise, net: MaskedMLP, h: Array, y: Array):
+    x, log_det = template.inverse_kernel(net.parameters(h, template.params), y)
     return x, log_det.sum(0)
 
 

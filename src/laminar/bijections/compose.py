@@ -222,7 +222,7 @@ class Repeat(AbstractTransform):
 
     def row_cost(self, direction):
         """That of one layer."""
-        return self.layers.row_cost(direction)
+        return eqx.filter_eval_shape(self.layer, 0).row_cost(direction)
 
     def steps(self):
         """The layers unstacked; a layer counts as one step, whatever it is made of."""

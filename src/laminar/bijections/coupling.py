@@ -16,6 +16,8 @@ from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.templates import as_elementwise
 from laminar.nn.mlp import MLP, Activation, apply_network
 
+_USUAL_WIDTH = 128
+
 
 class Coupling(AbstractBijection):
     r"""Scalar maps of the last entries whose parameters come from the first ones.
@@ -87,8 +89,9 @@ class Coupling(AbstractBijection):
         return (self.template.params.shape[0], self.in_shape[0] - self.n_identity)
 
     def row_cost(self, direction):
-        """The parameters of all entries, beside two layers of a network as wide as usual."""
-        return max(super().row_cost(direction), math.prod(self._head_shape) + 256)
+        """The parameters of all entries, beside two layers of the network."""
+        width = self.net.first.weight.shape[0] if isinstance(self.net, MLP) else _USUAL_WIDTH
+        return max(super().row_cost(direction), math.prod(self._head_shape) + 2 * width)
 
     def _theta(self, passed: Array, condition: Array | None) -> Array:
         """The parameters, ``(P, D_b, *batch)``."""
@@ -96,6 +99,8 @@ class Coupling(AbstractBijection):
             condition = None
         elif condition is None:
             raise ShapeError(f"Coupling needs a condition of shape {self.cond_shape}; got none.")
+        if isinstance(self.net, MLP) and self.net.out_shape == self._head_shape:
+            return self.net(passed, condition, self.template.params)
         head = apply_network(self.net, passed, condition)
         head = head.reshape(self._head_shape + passed.shape[1:])
         return expand(self.template.params, head.ndim) + head

@@ -23,7 +23,7 @@ from jax.core import Tracer
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.nn.mlp import affine, matmul
+from laminar.nn.mlp import affine, folds_bias, matmul
 
 Step = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -189,13 +189,21 @@ class MaskedMLP(eqx.Module):
         Returns:
             Parameters ``(P, D, *batch)``.
         """
-        first, hidden, head = self._masked()
+        return self.parameters(self.units(x, condition), offset)
+
+    def units(self, x: Array, condition: Array | None = None) -> Array:
+        """The last hidden units, ``(width, *batch)``."""
+        first, hidden, _ = self._masked()
         h = matmul(first, x) + self._condition_term(condition, x.ndim)
 
         def product(j, a):
             return matmul(hidden[j], a) + expand(self.hidden_bias[j], x.ndim)
 
-        return affine(head, self._offset(offset), self._body(h, product))
+        return self._body(h, product)
+
+    def parameters(self, h: Array, offset: Array | None = None) -> Array:
+        """The parameters ``(P, D, *batch)`` that the last hidden units give."""
+        return affine(self._masked()[2], self._offset(offset), h)
 
     def _offset(self, offset: Array | None) -> Array:
         """The bias of the head, ``(P, D)``, with what is added to every column of it."""
@@ -224,25 +232,37 @@ class MaskedMLP(eqx.Module):
             y of shape ``(D, *batch)`` and the summed log-dets ``(*batch)``.
         """
         batch, ndim = x.shape[1:], x.ndim
-        rows, start, valid = _blocks(degrees(self.dim, self.width, self.cond_dim > 0), self.dim)
-        block = rows.shape[1]
+        degree = degrees(self.dim, self.width, self.cond_dim > 0)
+        # Without a condition no unit comes before the first input, whose parameters are constants.
+        begin = int(degree[0])
+        rows, start, valid = _blocks(degree, begin, self.dim)
         first, hidden, head = self._masked()
         condition_term = self._condition_term(condition, ndim)
         place = jnp.argsort(self.order)
-        columns = [(0, 0), (0, 0), (0, block)]
+        biases, x = self._offset(offset).T[place], x[place]
+        padding = max(int(start.max()) + rows.shape[1] - self.width, 0)
+        columns = [(0, 0), (0, 0), (0, padding)]
+        folded = folds_bias()
 
+        y, log_det = jnp.zeros_like(x), jnp.zeros(batch, x.dtype)
+        if begin:
+            y_d, log_det = step(expand(biases[0], ndim), x[0])
+            y = lax.dynamic_update_index_in_dim(y, y_d, place[0], 0)
+        x, biases, place = x[begin:], biases[begin:], place[begin:]
         xs = {
             "d": place,
             "start": jnp.asarray(start),
             "valid": jnp.asarray(valid),
-            "x": x[place],
+            "x": x,
             "first": first[rows],
             "offset": condition_term[rows],
             "hidden": [jnp.pad(w[rows], columns) for w in hidden],
             "hidden_bias": [b[rows] for b in self.hidden_bias],
             "head": jnp.concatenate(
-                [jnp.pad(head, columns), self._offset(offset)[..., None]], -1
-            ).swapaxes(0, 1)[place],
+                [jnp.pad(head.swapaxes(0, 1)[place], columns), biases[..., None] * float(folded)],
+                -1,
+            ),
+            "bias": biases,
         }
 
         def body(carry, at):
@@ -263,14 +283,14 @@ class MaskedMLP(eqx.Module):
             h = matmul(at["first"], y) + at["offset"]
             h = put(-1, self._body(h, product))
             theta = matmul(at["head"], h)
+            theta = theta if folded else theta + expand(at["bias"], ndim)
             y_d, log_det_d = step(theta, at["x"])
             y = lax.dynamic_update_index_in_dim(y, y_d, at["d"], 0)
             return (y, log_det + log_det_d, tuple(stores)), None
 
-        store = jnp.zeros((self.width + block, *batch), x.dtype)
+        store = jnp.zeros((self.width + padding, *batch), x.dtype)
         last = jnp.concatenate([store, jnp.ones((1, *batch), x.dtype)])
-        carry = (jnp.zeros_like(x), jnp.zeros(batch, x.dtype), (*(store,) * len(hidden), last))
-        (y, log_det, _), _ = lax.scan(body, carry, xs)
+        (y, log_det, _), _ = lax.scan(body, (y, log_det, (*(store,) * len(hidden), last)), xs)
         return y, log_det
 
 
@@ -280,15 +300,16 @@ def _draw(key: PRNGKeyArray, mask: Array | np.ndarray, fan_in: Array) -> Array:
     return jnp.where(mask, jr.normal(key, mask.shape) * scale, 0)
 
 
-def _blocks(degree: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each degree 0, …, dim−1 the rows of its units, all blocks padded to one size.
+def _blocks(degree: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, ...]:
+    """For each degree begin, …, end−1 the rows of its units, all blocks padded to one size.
 
     Returns:
-        Row numbers ``(dim, block)`` held inside the network, the first row ``(dim,)``, and which
+        Row numbers ``(end − begin, block)`` held inside the network, the first rows, and which
         rows of a block belong to its degree.
     """
-    start = np.searchsorted(degree, np.arange(dim), side="left").astype(np.int32)
-    count = np.searchsorted(degree, np.arange(dim), side="right") - start
+    wanted = np.arange(begin, end)
+    start = np.searchsorted(degree, wanted, side="left").astype(np.int32)
+    count = np.searchsorted(degree, wanted, side="right") - start
     offset = np.arange(max(count.max(), 1), dtype=np.int32)
     rows = np.minimum(start[:, None] + offset, len(degree) - 1)
     return rows, start, offset < count[:, None]

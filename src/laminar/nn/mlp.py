@@ -8,7 +8,7 @@ from the left, so no array is ever transposed.
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import equinox as eqx
 import jax
@@ -67,8 +67,13 @@ def matmul(weight: Array, h: Array) -> Array:
     return flat.reshape(out + batch)
 
 
+def folds_bias() -> bool:
+    """Whether a bias goes into the product: on a CPU. Elsewhere products may round to TF32."""
+    return jax.default_backend() == "cpu"
+
+
 def affine(weight: Array, bias: Array, h: Array) -> Array:
-    """W h + b as one matrix product, with b as a last column of W and a row of ones below h.
+    """W h + b; on a CPU as one product, with b as a last column of W and a row of ones below h.
 
     A sum of product and bias would be formed again by each of its readers, of which a spline has
     dozens, and inside a loop over stacked layers each of these would look the bias up by number;
@@ -82,6 +87,9 @@ def affine(weight: Array, bias: Array, h: Array) -> Array:
     Returns:
         ``(*out, *batch)``.
     """
+    if not folds_bias():
+        product = matmul(weight, h)
+        return product + expand(bias, product.ndim)
     ones = jnp.ones((1, *h.shape[1:]), h.dtype)
     weight = jnp.concatenate([weight, bias[..., None]], -1)
     return matmul(weight, jnp.concatenate([h, ones]))
@@ -285,8 +293,7 @@ class MLP(eqx.Module):
             h = h + expand(self.condition_first(condition), h.ndim)
         for block in self.blocks:
             h = block(h, condition)
-        bias = jnp.zeros((self.head.weight.shape[0],)) if self.head.bias is None else self.head.bias
-        bias = bias.reshape(self.out_shape)
+        bias = cast(Array, self.head.bias).reshape(self.out_shape)
         if offset is not None:
             bias = bias + expand(offset, bias.ndim)
         weight = self.head.weight.reshape((*self.out_shape, self.head.weight.shape[1]))

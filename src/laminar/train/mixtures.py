@@ -231,10 +231,10 @@ def apply_knots(knots: Knots, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         r = np.clip((x[:, j] - u[k]) / (u[k + 1] - u[k]), 0, 1)
         left, right, secant = s[k], s[k + 1], (u[k + 1] - u[k]) / (v[k + 1] - v[k])
         # As `laminar.bijections.splines.rational_place`, in float64 whatever JAX is set to.
-        u_r = left * (1 - r) - right * r
-        near = np.sqrt(u_r**2 + 4 * secant**2 * r * (1 - r)) + np.abs(u_r)
-        far = 2 * secant * np.where(u_r >= 0, r, 1 - r)
-        t, rest = np.where(u_r >= 0, (far, near), (near, far)) / (near + far)
+        lean = left * (1 - r) - right * r
+        near = np.sqrt(lean**2 + 4 * secant**2 * r * (1 - r)) + np.abs(lean)
+        far = 2 * secant * np.where(lean >= 0, r, 1 - r)
+        t, rest = np.where(lean >= 0, (far, near), (near, far)) / (near + far)
         bottom = secant * (t**2 + rest**2) + (left + right) * t * rest
         top = right * t**2 + 2 * secant * t * rest + left * rest**2
         log_det -= 2 * np.log(secant) + np.log(top) - 2 * np.log(bottom)

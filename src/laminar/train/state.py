@@ -138,7 +138,7 @@ class Recipe(eqx.Module):
         *,
         objective: Objective = nll,
         steps: int | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         schedule: Schedule | None = None,
         warmup: int | None = None,
         optimizer: optax.GradientTransformation | None = None,
