@@ -63,6 +63,7 @@ class Worker:
                 env=os.environ | self._variables,
             )
         except OSError as error:
+            self._log.close()
             raise WorkerError(f"it cannot be started: {error}") from error
         self._send(self._process, {"do": "build", "spec": self.spec})
 

@@ -114,7 +114,7 @@ class CellRun:
         others = [held_by_others()]
         try:
             self._start()
-            for op in OPS:
+            for op in (*OPS, "sample_own"):
                 for name in list(self.workers):
                     self._first(name, op)
             rounds = 0

@@ -25,6 +25,7 @@ class JaxAdapter:
     """Data, keys and waiting."""
 
     versions = ()
+    parameters = 0
 
     def __init__(self, name):
         self.name = name

@@ -1,5 +1,7 @@
 """laminar: the flow's own methods, the compiled segment of `fit`, and the floor beside them."""
 
+from typing import Any
+
 import equinox as eqx
 import floor
 import jax
@@ -90,8 +92,8 @@ class Adapter(JaxAdapter):
         trained, _ = partition(self.flow)
         self.parameters = sum(leaf.size for leaf in jtu.tree_leaves(trained))
         self.recipe = Recipe(self.flow, steps=1_000_000, learning_rate=spec["rate"])
-        rows = Batch(self.rows_to_train())
-        self.feed = ArrayFeed(rows, None, seed_words(jr.key(4)), spec["batch"], Placement())
+        rows: Any = self.rows_to_train()
+        self.feed = ArrayFeed(Batch(rows), None, seed_words(jr.key(4)), spec["batch"], Placement())
         self.state = init(jr.key(5), self.flow, self.recipe)
         self.taken = 0
         self.floor = floor.Floor(spec)
@@ -99,6 +101,8 @@ class Adapter(JaxAdapter):
 
     def step(self, rows, count):
         """Segments as `fit` calls them: batches are drawn from the rows on the device."""
+        record: Any = None
+        now = 0
         while count:
             now = min(count, _LENGTH)
             batches = self.feed.segment(self.taken, now, 0)
@@ -134,11 +138,12 @@ class Adapter(JaxAdapter):
         recipe = Recipe(flow, steps=1_000_000)
         batch = Batch(jnp.zeros((spec["batch"], spec["dim"])))
         size = _chunk_size(rows, self.flow._row_cost("forward"), None)
-        score = eqx.filter_jit(lambda flow, x: flow.log_prob(x, batch_size=size))
+        score: Any = eqx.filter_jit(lambda flow, x: flow.log_prob(x, batch_size=size))
         times = {"log_prob": layers * -(-rows // size), "step": layers}
+        update: Any = eqx.filter_jit(step)
         programs = {
             "log_prob": score.lower(flow, self.x(size)),
-            "step": eqx.filter_jit(step).lower(init(jr.key(0), flow, recipe), batch, recipe),
+            "step": update.lower(init(jr.key(0), flow, recipe), batch, recipe),
         }
         found = {}
         for op, lowered in programs.items():

@@ -161,6 +161,7 @@ class Adapter:
         return bool(torch.isfinite(value).all())
 
     def step(self, rows, count):
+        loss = torch.zeros(())
         for _ in range(count):
             self.optimizer.zero_grad()
             loss = self.loss(self.batches[self.done % len(self.batches)])

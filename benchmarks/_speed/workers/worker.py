@@ -71,7 +71,7 @@ class Worker:
         start = _status("VmRSS")
         value = self.adapter.call(op, rows, 1)
         peak = _status("VmHWM")
-        used = None if start is None else max(peak - start, 0)
+        used = None if start is None or peak is None else max(peak - start, 0)
         return {"bytes": used, "finite": self.adapter.finite(value)}
 
     def run(self, op, rows, seconds):
@@ -101,9 +101,10 @@ def _status(name):
     """A figure of this process in bytes, or None where the system does not tell."""
     try:
         with open("/proc/self/status") as file:
-            return 1024 * int(re.search(rf"{name}:\s+(\d+)", file.read()).group(1))
-    except (OSError, AttributeError):
+            found = re.search(rf"{name}:\s+(\d+)", file.read())
+    except OSError:
         return None
+    return 1024 * int(found.group(1)) if found else None
 
 
 def main():
