@@ -34,7 +34,7 @@ format: $(VENV)/.dev-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Speed beside the rivals, whose environments it makes: at most 15 minutes on two cores. What did not
+# Speed beside the rivals, whose environments it makes: about 15 minutes on two cores. What did not
 # fit is named. The full run takes hours, can be stopped, and goes on where it was.
 bench: $(VENV)/.run-ready
 	$(BIN)/python benchmarks/speed.py --budget $(SPEED_BUDGET) --rounds 3 --seconds 0.2 \
