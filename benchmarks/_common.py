@@ -34,6 +34,14 @@ def parser(
     return made
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas, as an option's type."""
+    return tuple(map(int, text.split(",")))
+
+
+numbers.__name__ = "numbers between commas"  # what argparse calls the type when it complains
+
+
 def names_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     """A type of options: names with commas between them, each one that is known."""
 

@@ -116,7 +116,7 @@ def main():
         out=Path("runs/incremental.jsonl"),
         default=600,
     )
-    parser.add_argument("--dims", type=lambda s: tuple(map(int, s.split(","))), default=DIMS)
+    parser.add_argument("--dims", type=_common.numbers, default=DIMS)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--width", type=int, default=128)

@@ -30,22 +30,32 @@ def options():
         default=3600,
     )
     parser.add_argument(
-        "--archs", type=_common.names_of(ARCHITECTURES), default=tuple(ARCHITECTURES)
+        "--archs",
+        type=_common.names_of(ARCHITECTURES),
+        default=tuple(ARCHITECTURES),
+        help=f"architectures, between commas: {', '.join(ARCHITECTURES)} (all)",
     )
-    parser.add_argument("--dims", type=lambda s: tuple(map(int, s.split(","))), default=DIMS)
-    parser.add_argument("--libraries", type=_common.names_of(LIBRARIES), default=tuple(LIBRARIES))
+    parser.add_argument(
+        "--dims", type=_common.numbers, default=DIMS, help="D, between commas: %(default)s"
+    )
+    parser.add_argument(
+        "--libraries",
+        type=_common.names_of(LIBRARIES),
+        default=tuple(LIBRARIES),
+        help=f"between commas: {', '.join(LIBRARIES)} (all)",
+    )
     parser.add_argument(
         "--compile",
         choices=("none", "some", "all"),
         default="some",
         help="where torch.compile is measured; some: step and log_prob of one cell (%(default)s)",
     )
-    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=10_000, help="to score and to draw")
     parser.add_argument("--batch", type=int, default=512, help="rows of a training step")
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--bins", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=5, help="%(default)s")
+    parser.add_argument("--width", type=int, default=128, help="hidden units, %(default)s")
+    parser.add_argument("--bins", type=int, default=8, help="of a spline, %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="%(default)s")
     parser.add_argument(
         "--seconds", type=float, default=0.3, help="of a library's turn, unless one call is longer"
     )
@@ -53,7 +63,7 @@ def options():
         "--timeout", type=float, default=180, help="seconds that an answer may take"
     )
     parser.add_argument("--gpu", action="store_true", help="on a GPU, in environments made for it")
-    parser.add_argument("--envs", type=Path, default=Path("build/bench/envs"))
+    parser.add_argument("--envs", type=Path, default=Path("build/bench/envs"), help="%(default)s")
     parser.add_argument("--report", action="store_true", help="only print what is in --out")
     args = parser.parse_args()
     if min(args.dims) < 2:
