@@ -26,9 +26,14 @@ def report(records: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def _found(record, name, op) -> dict:
+    """What is known of an operation, if only an error; nothing where it was never begun."""
+    return record["libraries"].get(name, {}).get("ops", {}).get(op, {})
+
+
 def seconds_of(record: dict, library: str, op: str) -> float | None:
     """The median over the rounds."""
-    found = record["libraries"].get(library, {}).get("ops", {}).get(op, {})
+    found = _found(record, library, op)
     times = found.get("seconds")
     return statistics.median(times) if times and "error" not in found else None
 
@@ -76,8 +81,15 @@ def _warnings(records: list[dict]) -> list[str]:
 
 def _block(records: list[dict]) -> list[str]:
     present = [n for n in LIBRARIES if any(n in r["libraries"] for r in records)]
-    parts = [_times(records, present), _first_calls(records, present), _memory(records, present)]
-    return [*parts, _own(records), _floor(records)]
+    calls = ("First call: trace and compilation, without the run", "s")
+    memory = ("Peak memory of a call, beyond what was held before it", "MB")
+    return [
+        _times(records, present),
+        _by_library(*calls, records, present, _first_call),
+        _by_library(*memory, records, present, _memory),
+        _own(records),
+        _floor(records),
+    ]
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
@@ -118,8 +130,8 @@ def _times(records, present) -> str:
 
 
 def _cell(record, name, op) -> str:
-    found = record["libraries"].get(name, {}).get("ops", {}).get(op)
-    if found is None or found.get("error") == NOT_BEGUN:
+    found = _found(record, name, op)
+    if not found or found.get("error") == NOT_BEGUN:
         return "–"
     seconds = seconds_of(record, name, op)
     return "failed" if seconds is None else _digits(1e3 * seconds)
@@ -139,34 +151,28 @@ def _spread(record, present, op) -> str:
     return f"{100 * widest:.0f} %"
 
 
-def _first_calls(records, present) -> str:
-    """First calls less the run itself."""
-    head = ["D", "s", *(LIBRARIES[n].title for n in present)]
-    rows = []
-    for record in records:
-        for op in OPS:
-            row = [str(record["dim"]), _SHORT[op]]
-            for name in present:
-                found = record["libraries"].get(name, {}).get("ops", {}).get(op, {})
-                run = seconds_of(record, name, op)
-                known = run is not None and "first_s" in found
-                row.append(f"{max(found['first_s'] - run, 0):.2f}" if known else "–")
-            rows.append(row)
-    return _table("First call: trace and compilation, without the run", head, rows)
+def _by_library(title, unit, records, present, show) -> str:
+    """A line for each operation of each cell, with ``show(record, name, op)`` of each library."""
+    head = ["D", unit, *(LIBRARIES[n].title for n in present)]
+    rows = [
+        [str(record["dim"]), _SHORT[op], *(show(record, name, op) for name in present)]
+        for record in records
+        for op in OPS
+    ]
+    return _table(title, head, rows)
 
 
-def _memory(records, present) -> str:
-    head = ["D", "MB", *(LIBRARIES[n].title for n in present)]
-    rows = []
-    for record in records:
-        for op in OPS:
-            row = [str(record["dim"]), _SHORT[op]]
-            for name in present:
-                found = record["libraries"].get(name, {}).get("ops", {}).get(op, {})
-                used = found.get("memory_bytes")
-                row.append("–" if used is None else _digits(used / 1e6))
-            rows.append(row)
-    return _table("Peak memory of a call, beyond what was held before it", head, rows)
+def _first_call(record, name, op) -> str:
+    """The first call less the run itself."""
+    found, run = _found(record, name, op), seconds_of(record, name, op)
+    if run is None or "first_s" not in found:
+        return "–"
+    return f"{max(found['first_s'] - run, 0):.2f}"
+
+
+def _memory(record, name, op) -> str:
+    used = _found(record, name, op).get("memory_bytes")
+    return "–" if used is None else _digits(used / 1e6)
 
 
 def _own(records) -> str:

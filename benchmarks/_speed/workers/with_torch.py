@@ -57,6 +57,13 @@ def build_zuko(spec):
     return flow, lambda flow, x: flow().log_prob(x), lambda flow, n: flow().sample((n,))
 
 
+def shared_options(spec) -> tuple[dict, dict]:
+    """Of a spline and of a masked network, in the words of nflows, which normflows took over."""
+    spline = {"num_bins": spec["bins"], "tails": "linear", "tail_bound": spec["interval"]}
+    made = {"hidden_features": spec["width"], "num_blocks": 1, "use_residual_blocks": False}
+    return spline, made
+
+
 def build_nflows(spec):
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow
@@ -69,8 +76,7 @@ def build_nflows(spec):
     )
 
     dim, width = spec["dim"], spec["width"]
-    spline = {"num_bins": spec["bins"], "tails": "linear", "tail_bound": spec["interval"]}
-    made = {"hidden_features": width, "num_blocks": 1, "use_residual_blocks": False}
+    spline, made = shared_options(spec)
 
     def layer(i):
         if spec["arch"] == "nsf_ar":
@@ -94,8 +100,7 @@ def build_normflows(spec):
     from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
 
     dim, width = spec["dim"], spec["width"]
-    spline = {"num_bins": spec["bins"], "tails": "linear", "tail_bound": spec["interval"]}
-    made = {"hidden_features": width, "num_blocks": 1, "use_residual_blocks": False}
+    spline, made = shared_options(spec)
 
     def layer(i):
         # In these classes forward is from data to latent, the other way round than in a model.

@@ -143,14 +143,14 @@ class MaskedMLP(eqx.Module):
             self.order[:, None] >= degree[None, :],
         )
 
-    def _masked(self) -> tuple[Array, list[Array], Array]:
-        """The three kinds of weights with forbidden connections set to zero."""
-        first, hidden, head = self._masks()
-        return (
-            jnp.where(first, self.first, 0),
-            [jnp.where(hidden, w, 0) for w in self.hidden],
-            jnp.where(head[None], self.head, 0),
-        )
+    def _masked_body(self) -> tuple[Array, list[Array]]:
+        """The weights of the units with forbidden connections set to zero."""
+        first, hidden, _ = self._masks()
+        return jnp.where(first, self.first, 0), [jnp.where(hidden, w, 0) for w in self.hidden]
+
+    def _masked_head(self) -> Array:
+        """The weights of the parameters with forbidden connections set to zero."""
+        return jnp.where(self._masks()[2][None], self.head, 0)
 
     def _body(self, h: Array, product: Callable[[int, Array], Array]) -> Array:
         """From the first pre-activation to the last activation.
@@ -193,7 +193,7 @@ class MaskedMLP(eqx.Module):
 
     def units(self, x: Array, condition: Array | None = None) -> Array:
         """The last hidden units, ``(width, *batch)``."""
-        first, hidden, _ = self._masked()
+        first, hidden = self._masked_body()
         h = matmul(first, x) + self._condition_term(condition, x.ndim)
 
         def product(j, a):
@@ -203,7 +203,7 @@ class MaskedMLP(eqx.Module):
 
     def parameters(self, h: Array, offset: Array | None = None) -> Array:
         """The parameters ``(P, D, *batch)`` that the last hidden units give."""
-        return affine(self._masked()[2], self._offset(offset), h)
+        return affine(self._masked_head(), self._offset(offset), h)
 
     def _offset(self, offset: Array | None) -> Array:
         """The bias of the head, ``(P, D)``, with what is added to every column of it."""
@@ -236,7 +236,7 @@ class MaskedMLP(eqx.Module):
         # Without a condition no unit comes before the first input, whose parameters are constants.
         begin = int(degree[0])
         rows, start, valid = _blocks(degree, begin, self.dim)
-        first, hidden, head = self._masked()
+        (first, hidden), head = self._masked_body(), self._masked_head()
         condition_term = self._condition_term(condition, ndim)
         place = jnp.argsort(self.order)
         biases, x = self._offset(offset).T[place], x[place]
