@@ -172,6 +172,7 @@ _MODULES = (
     "distributions",
     "export",
     "flow",
+    "inference",
     "io",
     "mixtures",
     "nn",

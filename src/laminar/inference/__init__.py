@@ -1,0 +1,31 @@
+"""Bayesian inference: targets, posteriors, and the bridges to NumPyro and ArviZ.
+
+A `Target` is a log density in unconstrained space, made by `as_target` from a JAX function with
+declared supports or from a NumPyro model. Needs the extra ``laminar[inference]``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from laminar.inference.target import Target as Target
+    from laminar.inference.target import as_target as as_target
+
+_HOMES = {
+    "Target": "target",
+    "as_target": "target",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'laminar.inference' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"laminar.inference.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
