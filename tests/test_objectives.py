@@ -11,7 +11,15 @@ from laminar._errors import InputError, ShapeError
 from laminar.bijections.base import Identity
 from laminar.distributions import ConditionalNormal, MultivariateNormal, Normal
 from laminar.flow import Flow
-from laminar.objectives import Batch, nll, reverse_kl
+from laminar.objectives import (
+    Batch,
+    forward_kl,
+    geometric_annealing,
+    importance_weighted,
+    linear_annealing,
+    nll,
+    reverse_kl,
+)
 from laminar.zoo import nsf
 
 RNG = np.random.default_rng(0)
@@ -136,3 +144,98 @@ def test_reverse_kl_refuses_conditions():
     flow = nsf(2, key=jr.key(0), layers=1, width=8, cond_dim=1)
     with pytest.raises(InputError, match="takes a condition"):
         reverse_kl(lambda x: -(x**2).sum())(flow, None, jr.key(1))
+    with pytest.raises(InputError, match="samples must be at least 1"):
+        reverse_kl(banana, 0)
+
+
+def banana(x):
+    return -0.5 * (x[0] / 2) ** 2 - 0.5 * (x[1] - 0.3 * x[0] ** 2) ** 2
+
+
+def gradient(objective, flow, key):
+    leaves = jax.tree.leaves(eqx.filter_grad(lambda f: objective(f, None, key)[0])(flow))
+    return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def perturbed(flow, scale=0.1):
+    params, rest = eqx.partition(flow, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jr.split(jr.key(7), len(leaves))
+    moved = [p + scale * jr.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(structure, moved), rest)
+
+
+def test_path_gradient_has_the_same_mean_and_no_variance_at_the_target():
+    target = MultivariateNormal(np.array([1.0, -1.0]), np.array([[1.0, 0.6], [0.6, 2.0]]))
+    path = reverse_kl(target._log_prob, 64)
+    total = reverse_kl(target._log_prob, 64, path_gradient=False)
+    assert np.abs(gradient(path, target, jr.key(0))).max() < 1e-5
+    assert np.abs(gradient(total, target, jr.key(0))).max() > 1e-2
+    flow = perturbed(nsf(2, key=jr.key(0), layers=1, width=8, bins=3))
+    keys = jr.split(jr.key(1), 400)
+    a, b = (
+        np.asarray(jax.lax.map(lambda k, o=o: gradient(o, flow, k), keys, batch_size=50))
+        for o in (reverse_kl(banana, 64), reverse_kl(banana, 64, path_gradient=False))
+    )
+    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
+    assert (np.abs(a.mean(0) - b.mean(0)) <= 5 * error + 1e-5).all()
+
+
+def test_doubly_reparametrised_gradient_has_the_same_mean():
+    flow = perturbed(Flow(Normal((2,)), nsf(2, key=jr.key(0), layers=1, width=4, bins=3).bijection))
+    keys = jr.split(jr.key(1), 600)
+    a, b = (
+        np.asarray(jax.lax.map(lambda k, o=o: gradient(o, flow, k), keys, batch_size=50))
+        for o in (
+            importance_weighted(banana, 32, 4),
+            importance_weighted(banana, 32, 4, path_gradient=False),
+        )
+    )
+    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
+    assert (np.abs(a.mean(0) - b.mean(0)) <= 5 * error + 1e-5).all()
+    assert np.abs(b.mean(0)).max() > 10 * np.median(error)
+
+
+def test_importance_weighting_tightens_the_bound():
+    wide = Normal((2,), 0.0, 3.0)
+    truth = float(jnp.log(2 * 2 * jnp.pi))
+    bounds = [
+        float(importance_weighted(banana, 2000, k)(wide, None, jr.key(0))[1]["bound"])
+        for k in (1, 8, 64)
+    ]
+    assert bounds[0] < bounds[1] < bounds[2] < truth + 0.02
+    near = Normal((2,), 0.0, 1.0)
+    one = importance_weighted(banana, 20_000, 1)(near, None, jr.key(0))[1]["bound"]
+    elbo = reverse_kl(banana, 20_000)(near, None, jr.key(1))[1]["elbo"]
+    assert float(one) == pytest.approx(float(elbo), abs=0.05)
+
+
+def test_forward_kl_is_the_cross_entropy():
+    target, flow = Normal((2,), 0.5, 1.0), Normal((2,), 0.0, 1.5)
+    objective = forward_kl(lambda x: target._log_prob(x) - 4.0, 20_000)
+    loss, aux = objective(flow, None, jr.key(0))
+    cross = float(target.entropy(jr.key(1), 100_000).value + target.kl(flow, jr.key(2), 100_000)[0])
+    assert float(loss) == pytest.approx(cross, abs=0.05)
+    assert 0.3 < float(aux["ess"]) < 0.95
+    # A proposal that never meets the support gives weight nowhere and no NaN gradient.
+    cut = forward_kl(lambda x: jnp.where(x[0] > 0, target._log_prob(x), -jnp.inf), 256)
+    assert np.isfinite(gradient(cut, flow, jr.key(3))).all()
+
+
+def test_annealing_weighs_the_target_by_the_step():
+    flow = Normal((2,), 0.5, 2.0)
+    path = reverse_kl(banana, 64, anneal=linear_annealing(0.01, 100))
+    plain = reverse_kl(banana, 64)
+    x, log_q = flow._sample_and_log_prob(jr.key(0), (64,))
+    log_p = jax.vmap(banana, in_axes=-1)(x)
+    for step, beta in ((0, 0.01), (50, 0.51), (99, 1.0), (10_000, 1.0)):
+        loss, aux = path(flow, None, jr.key(0), step=jnp.int32(step))
+        assert float(loss) == pytest.approx(float((log_q - beta * log_p).mean()), rel=1e-4)
+        assert float(aux["elbo"]) == pytest.approx(-float(plain(flow, None, jr.key(0))[0]))
+    assert float(path(flow, None, jr.key(0))[0]) == pytest.approx(-float(aux["elbo"]))
+    beta = geometric_annealing(0.01, 100)
+    assert [float(beta(jnp.int32(t))) for t in (0, 50, 100, 200)] == pytest.approx(
+        [0.01, 0.1, 1, 1]
+    )
+    with pytest.raises(InputError, match="starts at 0"):
+        linear_annealing(0.0)

@@ -1,26 +1,37 @@
-"""What training minimises: functions ``(flow, batch, key) -> (loss, aux)``."""
+"""What training minimises: functions ``(flow, batch, key) -> (loss, aux)``.
 
+An objective with a keyword ``step`` is given the number of the step by training, and None where
+losses are compared, as in validation: whatever it anneals is then at its end.
+"""
+
+import functools
+import math
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 
 from laminar._errors import InputError, ShapeError
+from laminar._params import Frozen
 from laminar._typing import Array, Callable, PRNGKeyArray, Shape
 from laminar.density import AbstractDistribution
+
+Annealing = Callable[[Array], Array]
 
 
 class Batch(NamedTuple):
     """Rows of data, batch-first.
 
     Attributes:
-        x: Events, ``(N, *shape)``.
+        x: Events, ``(N, *shape)``; None in training without data.
         condition: One condition for each row, ``(N, *cond_shape)`` (or a tree of such), or None.
         weights: Non-negative sample weights, ``(N,)``, or None for equal ones.
     """
 
-    x: Array
+    x: Any
     condition: Any = None
     weights: Array | None = None
 
@@ -64,33 +75,228 @@ def nll(
     return -mean, {"log_prob": mean, "weight": total}
 
 
-def reverse_kl(
-    log_density: Callable[[Array], Array], samples: int = 256
-) -> Callable[[AbstractDistribution, Batch | None, PRNGKeyArray], tuple[Array, dict[str, Array]]]:
-    """An objective for variational inference: KL(q ‖ p) up to the constant ln ∫ p.
+def linear_annealing(start: float = 0.01, over: int = 10_000) -> Annealing:
+    """The inverse temperature β_t = min(1, start + t / over) of Rezende & Mohamed (2015, §6.2)."""
+    _check_annealing(start, over)
+    return functools.partial(_linear, start, over)
 
-        loss = E_q[ln q(x) − ln p(x)], by reparametrised draws (Rezende & Mohamed 2015, eq. 15)
+
+def geometric_annealing(start: float = 0.01, over: int = 10_000) -> Annealing:
+    """The inverse temperature β_t = start^max(0, 1 − t / over): equal ratios up to one."""
+    _check_annealing(start, over)
+    return functools.partial(_geometric, start, over)
+
+
+def reverse_kl(
+    log_density: Callable[[Array], Array],
+    samples: int = 256,
+    *,
+    path_gradient: bool | None = None,
+    anneal: Annealing | None = None,
+) -> "ReverseKL":
+    """An objective for variational inference, the flow free energy: KL(q ‖ p) up to ln ∫ p.
+
+        loss_t = E_q[ln q(x) − β_t ln p(x)], by reparametrised draws (Rezende & Mohamed 2015,
+        eqs. 15 and 20)
 
     Args:
         log_density: The unnormalised ln p of one event, of shape ``()``.
         samples: Draws for each step.
+        path_gradient: Leave out the score E_q[∂_θ ln q_θ], which is zero on average, so that the
+            gradient has no variance where q equals p ("sticking the landing", Roeder et al. 2017).
+            It costs the inverse of the draws. None does so where the density is exact.
+        anneal: The inverse temperature β as a function of the step, such as `linear_annealing()`;
+            validation always has β = 1.
 
     Returns:
-        An objective; it ignores its batch, and its ``aux`` holds ``{"elbo": −loss}``.
+        An objective; it ignores its batch, so `fit` takes None for data. Its ``aux`` holds
+        ``{"elbo": E_q[ln p − ln q]}``.
     """
+    _check_counts("reverse_kl", samples=samples)
+    return ReverseKL(log_density, samples, path_gradient, anneal)
 
-    def objective(flow: AbstractDistribution, batch: Batch | None, key: PRNGKeyArray):
-        if flow.cond_shape is not None:
-            raise InputError(
-                f"reverse_kl: {flow.name} takes a condition of shape {flow.cond_shape}, and the "
-                "target has none; use an unconditional flow."
-            )
-        x, log_q = flow._sample_and_log_prob(key, (samples,))
-        log_p = jax.vmap(log_density, in_axes=-1)(x)
-        loss = (log_q - log_p).mean()
-        return loss, {"elbo": -loss}
 
-    return objective
+class ReverseKL(eqx.Module):
+    """The objective that `reverse_kl` makes."""
+
+    log_density: Callable[[Array], Array]
+    samples: int
+    path_gradient: bool | None
+    anneal: Annealing | None
+
+    def __call__(
+        self,
+        flow: AbstractDistribution,
+        batch: Batch | None,
+        key: PRNGKeyArray,
+        *,
+        step: Array | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The loss of fresh draws, and the bound at β = 1."""
+        x, log_q = _draw("reverse_kl", flow, key, (self.samples,), self.path_gradient)
+        log_p = _log_densities(self.log_density, x, 1)
+        elbo = (log_p - log_q).mean()
+        if self.anneal is None or step is None:
+            return -elbo, {"elbo": elbo}
+        beta = jnp.asarray(self.anneal(step)).astype(log_p.dtype)
+        return (log_q - beta * log_p).mean(), {"elbo": elbo}
+
+
+def importance_weighted(
+    log_density: Callable[[Array], Array],
+    samples: int = 32,
+    particles: int = 8,
+    *,
+    path_gradient: bool | None = None,
+) -> "ImportanceWeighted":
+    """The importance-weighted bound on ln ∫ p (Burda et al. 2016), to be made as high as it goes.
+
+        loss = −E[ln (1/K) Σ_k w_k],    w_k = p(x_k) / q(x_k),    x_1, …, x_K ~ q
+
+    Args:
+        log_density: The unnormalised ln p of one event, of shape ``()``.
+        samples: Independent bounds averaged in each step.
+        particles: Draws K in each bound.
+        path_gradient: Use the doubly reparametrised gradient (Tucker et al. 2019), whose signal
+            does not drown in noise as K grows. None does so where the density is exact.
+
+    Returns:
+        An objective; it ignores its batch, and its ``aux`` holds ``{"bound": −loss}``.
+    """
+    _check_counts("importance_weighted", samples=samples, particles=particles)
+    return ImportanceWeighted(log_density, samples, particles, path_gradient)
+
+
+class ImportanceWeighted(eqx.Module):
+    """The objective that `importance_weighted` makes."""
+
+    log_density: Callable[[Array], Array]
+    samples: int
+    particles: int
+    path_gradient: bool | None
+
+    def __call__(
+        self, flow: AbstractDistribution, batch: Batch | None, key: PRNGKeyArray
+    ) -> tuple[Array, dict[str, Array]]:
+        """The negative bound of fresh draws."""
+        shape = (self.particles, self.samples)
+        x, log_q = _draw("importance_weighted", flow, key, shape, self.path_gradient)
+        log_w = _log_densities(self.log_density, x, 2) - log_q
+        bound = (jax.nn.logsumexp(log_w, axis=0) - math.log(self.particles)).mean()
+        if _by_path(flow, self.path_gradient):
+            share = lax.stop_gradient(jax.nn.softmax(log_w, axis=0))
+            signal = (share**2 * log_w).sum(0).mean()
+            # The value of the bound with the gradient of the signal.
+            bound = lax.stop_gradient(bound - signal) + signal
+        return -bound, {"bound": bound}
+
+
+def forward_kl(
+    log_density: Callable[[Array], Array],
+    samples: int = 256,
+    *,
+    proposal: AbstractDistribution | None = None,
+) -> "ForwardKL":
+    """KL(p ‖ q) up to the entropy of p, by self-normalised importance sampling.
+
+        loss = −Σ_i w̄_i ln q(x_i),    w̄_i ∝ p(x_i) / r(x_i),    x_i ~ r
+
+    Unlike the reverse divergence it punishes a q narrower than p, so it suits as a refinement after
+    `reverse_kl`. Weights above √S times their mean are cut (Ionides 2008), which bounds the
+    variance of a step for a bias that vanishes as S grows.
+
+    Args:
+        log_density: The unnormalised ln p of one event, of shape ``()``.
+        samples: Draws S for each step.
+        proposal: The density r; by default the flow itself as it stands.
+
+    Returns:
+        An objective; it ignores its batch, and its ``aux`` holds the effective sample size as a
+        fraction, ``{"ess": 1 / (S Σ w̄_i²)}``.
+    """
+    _check_counts("forward_kl", samples=samples)
+    return ForwardKL(log_density, samples, None if proposal is None else Frozen(proposal))
+
+
+class ForwardKL(eqx.Module):
+    """The objective that `forward_kl` makes."""
+
+    log_density: Callable[[Array], Array]
+    samples: int
+    proposal: Frozen[AbstractDistribution] | None
+
+    def __call__(
+        self, flow: AbstractDistribution, batch: Batch | None, key: PRNGKeyArray
+    ) -> tuple[Array, dict[str, Array]]:
+        """The weighted negative log-likelihood of fresh draws."""
+        _refuse_condition("forward_kl", flow)
+        source = Frozen(flow) if self.proposal is None else self.proposal
+        x, log_r = source.value._sample_and_log_prob(key, (self.samples,))
+        x, log_r = lax.stop_gradient((x, log_r))
+        log_w = lax.stop_gradient(_log_densities(self.log_density, x, 1)) - log_r
+        total = jax.nn.logsumexp(log_w)
+        log_w = jnp.minimum(log_w - total, -0.5 * math.log(self.samples))
+        weights = jax.nn.softmax(log_w)
+        log_q = flow._log_prob(x)
+        # Where p is zero, so is the weight, whatever ln q is there.
+        loss = -jnp.where(weights > 0, weights * log_q, 0).sum()
+        return loss, {"ess": 1 / (self.samples * (weights**2).sum())}
+
+
+def _linear(start: float, over: int, step: Array) -> Array:
+    return jnp.minimum(1.0, start + step.astype(jnp.float32) / over)
+
+
+def _geometric(start: float, over: int, step: Array) -> Array:
+    left = jnp.maximum(0.0, 1 - step.astype(jnp.float32) / over)
+    return jnp.exp(left * math.log(start))
+
+
+def _check_annealing(start: float, over: int) -> None:
+    if not (0 < start <= 1 and over >= 1):
+        raise InputError(
+            f"annealing starts at {start} and takes {over} steps; give a number in (0, 1] and at "
+            "least one step."
+        )
+
+
+def _check_counts(owner: str, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
+
+
+def _refuse_condition(owner: str, flow: AbstractDistribution) -> None:
+    if flow.cond_shape is not None:
+        raise InputError(
+            f"{owner}: {flow.name} takes a condition of shape {flow.cond_shape}, and the target "
+            "has none; use an unconditional flow."
+        )
+
+
+def _by_path(flow: AbstractDistribution, wanted: bool | None) -> bool:
+    return flow.exactness == "exact" if wanted is None else wanted
+
+
+def _draw(owner: str, flow: AbstractDistribution, key, batch: Shape, path: bool | None):
+    """Batch-last draws and their log-densities, whose gradient takes the path alone if wanted."""
+    _refuse_condition(owner, flow)
+    if not _by_path(flow, path):
+        return flow._sample_and_log_prob(key, batch)
+    if flow.exactness != "exact":
+        raise InputError(
+            f"{owner}: the density of {flow.name} is estimated, which a path gradient cannot use; "
+            "give path_gradient=False."
+        )
+    x = flow._sample(key, batch)
+    return x, Frozen(flow).value._log_prob(x)
+
+
+def _log_densities(log_density: Callable[[Array], Array], x: Array, axes: int) -> Array:
+    """The target's log-density of batch-last events."""
+    for _ in range(axes):
+        log_density = jax.vmap(log_density, in_axes=-1, out_axes=-1)
+    return log_density(x)
 
 
 def _blank(used: Array, values: Array, axis: int) -> Array:

@@ -16,6 +16,8 @@ from laminar.flow import Flow
 from laminar.objectives import Batch
 from laminar.train.state import Objective
 
+_DRAWS = 256
+
 
 class Blame(NamedTuple):
     """A finding: the part in words, and the positions in the batch of the rows, None for all."""
@@ -29,10 +31,10 @@ def find_blame(
 ) -> Blame:
     """Look for the origin of a non-finite loss or gradient.
 
-    First the flow is walked from the data to the latent side, one step after the other, and the
-    first one that gives anything non-finite is named; then the base; then the objective. If every
-    value is finite the gradient is to blame, and the parameters with a non-finite gradient are
-    named, with the rows whose own gradient is not finite.
+    First the flow is walked from the data to the latent side (without data, draws the other way),
+    one step after the other, and the first one that gives anything non-finite is named; then the
+    base; then the objective. If every value is finite the gradient is to blame, and the parameters
+    with a non-finite gradient are named, with the rows whose own gradient is not finite.
 
     Args:
         flow: The flow as it was when the step failed.
@@ -42,7 +44,7 @@ def find_blame(
         spec: Which leaves are trained.
     """
     batch = jtu.tree_map(jnp.asarray, batch)
-    found = _walk(flow, batch)
+    found = _walk_draws(flow, key) if batch.x is None else _walk(flow, batch)
     if found is not None:
         return found
     params, rest = eqx.partition(flow, spec)
@@ -62,6 +64,10 @@ def find_blame(
     if not paths:
         return Blame("the optimiser's update, while loss and gradient are finite", None)
 
+    part = f"the gradient of flow{jtu.keystr(paths[0])}"
+    if batch.x is None:
+        return Blame(part, None)
+
     @eqx.filter_jit
     def rows_of(params, batch):
         def one(row):
@@ -72,7 +78,6 @@ def find_blame(
         return jax.lax.map(one, batch)
 
     rows = np.flatnonzero(~np.asarray(rows_of(params, batch._replace(weights=None))))
-    part = f"the gradient of flow{jtu.keystr(paths[0])}"
     return Blame(part, rows if len(rows) else None)
 
 
@@ -97,6 +102,26 @@ def _walk(flow: Any, batch: Batch) -> Blame | None:
     if bad.any():
         return Blame(f"the base ({type(base).__name__})", np.flatnonzero(bad))
     return None
+
+
+def _walk_draws(flow: Any, key: PRNGKeyArray) -> Blame | None:
+    """The first part of a flow, from the base outwards, that gives a non-finite value."""
+    if not isinstance(flow, Flow):
+        return None
+    point = eqx.filter_jit(_thaw(flow.base)._sample)(key, (_DRAWS,))
+    steps = _thaw(flow.bijection).steps()
+    if not _finite_rows(point, _DRAWS).all():
+        return Blame(f"the base ({type(_thaw(flow.base)).__name__})", None)
+    for number, step in enumerate(steps, 1):
+        point, log_det = _apply(step, point)
+        if not (_finite_rows(point, _DRAWS) & np.isfinite(np.asarray(log_det))).all():
+            return Blame(f"step {number} of {len(steps)} ({step.name})", None)
+    return None
+
+
+@eqx.filter_jit
+def _apply(step: Any, point: Array) -> tuple[Array, Array]:
+    return call(step, "forward", point, None, key=jr.key(0))
 
 
 @eqx.filter_jit

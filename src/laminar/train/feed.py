@@ -410,6 +410,45 @@ class ArrayFeed:
         """Nothing to end."""
 
 
+class Nothing(eqx.Module):
+    """A segment without data: every batch is empty."""
+
+    def first(self) -> tuple[()]:
+        """There is nothing to count."""
+        return ()
+
+    def next(self, cursor: tuple[()]) -> tuple[tuple[()], Batch]:
+        """An empty batch."""
+        return cursor, Batch(None)
+
+
+class NoFeed:
+    """For objectives that make their own draws, such as `laminar.objectives.reverse_kl`."""
+
+    capacity = None
+    size = 1
+
+    def segment(self, step: int, count: int, following: int) -> Nothing:
+        """What a segment needs."""
+        return Nothing()
+
+    def inspect(self, step: int) -> tuple[Batch, Callable[[np.ndarray], Named]]:
+        """The batch of one step."""
+        return Batch(None), lambda bad: ("the draws", ())
+
+    def fingerprint(self) -> list:
+        """What a checkpoint remembers of the data."""
+        return ["no data"]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def same_draws(count: int) -> Batch:
+    """The chunks of a validation without data: the objective's draws under `count` fixed keys."""
+    return Batch(None, weights=jnp.ones((count, 1), jnp.float32))
+
+
 class StreamFeed:
     """Feeds from mapped arrays or a user's stream, through a bounded stack read ahead."""
 

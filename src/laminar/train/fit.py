@@ -37,6 +37,8 @@ from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoin
 from laminar.train.clock import Clock
 from laminar.train.feed import (
     ArrayFeed,
+    NoFeed,
+    Nothing,
     Placement,
     Rows,
     Stack,
@@ -44,6 +46,7 @@ from laminar.train.feed import (
     digest,
     place,
     prepare,
+    same_draws,
     stack_held_out,
 )
 from laminar.train.history import History
@@ -65,12 +68,14 @@ from laminar.train.state import (
 T = TypeVar("T")
 
 _INIT_ROWS = 4096
+_STEPS_WITHOUT_DATA = 5_000
+_VALIDATION_KEYS = 16
 
 
 def fit(
     key: PRNGKeyArray,
     flow: T,
-    data: Any,
+    data: Any = None,
     *,
     condition: PyTree = None,
     weights: Any = None,
@@ -105,15 +110,18 @@ def fit(
             `laminar.train.density.fit_density`, whose options are then all that count.
         data: Rows along the first axis: an array; a `Batch`; or a source: `ArraySource`,
             `MappedSource` for arrays larger than memory, or a stream of one's own
-            (`laminar.train.Stream`). A memory-mapped array is read as a `MappedSource`.
+            (`laminar.train.Stream`). A memory-mapped array is read as a `MappedSource`. None is for
+            objectives that make their own draws, such as `laminar.objectives.reverse_kl`.
         condition: One condition for each row of an array.
         weights: One non-negative weight for each row of an array, honoured in validation too.
         validation: Fraction of the rows to hold out, or a `Batch` of held-out rows, or None. The
             rows held out depend on `key` alone, and all of them are used every time. Of a
-            `MappedSource` at most 100,000 rows are held out.
-        objective: ``(flow, batch, key) -> (loss, aux)``, a weighted mean over the batch.
+            `MappedSource` at most 100,000 rows are held out. Without data, unless None or 0: the
+            mean loss under 16 keys, always the same ones.
+        objective: ``(flow, batch, key) -> (loss, aux)``, a weighted mean over the batch. One with a
+            keyword ``step`` is given the number of the step.
         steps: Steps of gradient descent; by default about 50 epochs, at least 2,000 and at most
-            20,000, or no limit when there is a `time_limit`.
+            20,000 (5,000 without data), or no limit when there is a `time_limit`.
         batch_size: Rows for each step, at most all of them.
         learning_rate: Peak rate, after a short warm-up.
         schedule: ``"cosine"``, down to zero at the last step, or ``"constant"``. None means cosine,
@@ -164,11 +172,16 @@ def fit(
     shuffle_key, split_key, step_key, validation_key = jr.split(key, 4)
     placement = place(devices)
     split_seed = np.asarray(seed_words(split_key))
-    source, rows, held_out = prepare(flow, data, condition, weights, validation, split_seed)
-    feed = _make_feed(flow, source, rows, seed_words(shuffle_key), batch_size, placement)
+    held_out = None
+    if data is None:
+        _check_without_data(objective, condition, weights, validation, placement)
+        feed = NoFeed()
+    else:
+        source, rows, held_out = prepare(flow, data, condition, weights, validation, split_seed)
+        feed = _make_feed(flow, source, rows, seed_words(shuffle_key), batch_size, placement)
     try:
         if steps is None and time_limit is None:
-            steps = int(np.clip(50 * feed.steps_per_epoch, 2_000, 20_000))
+            steps = _default_steps(feed)
         clock = Clock(begun, steps, time_limit, validate_every, feed, held_out)
         recipe = Recipe(
             flow,
@@ -189,7 +202,9 @@ def fit(
         run.settings = _settings(key, flow, recipe, run, held_out, learning_rate, weight_decay)
         state, history = run.start(step_key, flow, recipe, warm_start, resume)
         chunks = None
-        if held_out is not None:
+        if data is None and validation:
+            chunks = same_draws(_VALIDATION_KEYS)
+        elif held_out is not None:
             chunks = stack_held_out(held_out, feed.size, placement)
         with Progress(progress, steps, time_limit) as shown:
             state, history = run.loop(state, history, recipe, chunks, validation_key, shown)
@@ -231,6 +246,25 @@ def _check_budget(steps, batch_size, patience, validate_every, time_limit, sched
             "A cosine schedule needs a budget of steps; under a time limit the rate is constant "
             "with a final decay, so leave schedule out."
         )
+
+
+def _check_without_data(objective, condition, weights, validation, placement: Placement) -> None:
+    if objective is nll:
+        raise InputError(
+            "fit: nll needs data; give rows, or an objective that makes its own draws."
+        )
+    if condition is not None or weights is not None or isinstance(validation, Batch):
+        raise InputError(
+            "fit: conditions, weights and held-out rows belong to data; none is given."
+        )
+    if placement.devices > 1:
+        raise InputError("fit: devices share the rows of a batch; without data there are none.")
+
+
+def _default_steps(feed: "ArrayFeed | StreamFeed | NoFeed") -> int:
+    if isinstance(feed, NoFeed):
+        return _STEPS_WITHOUT_DATA
+    return int(np.clip(50 * feed.steps_per_epoch, 2_000, 20_000))
 
 
 def _settings(key, flow, recipe: Recipe, run: "_Run", held_out, rate, weight_decay) -> dict:
@@ -311,7 +345,7 @@ def _wants_data(bijection: AbstractTransform) -> bool:
 
 @eqx.filter_jit(donate="all-except-first")
 def _segment(
-    fixed: tuple[Recipe, Rows | Stack, Array, int, Placement], state: TrainState
+    fixed: tuple[Recipe, Rows | Stack | Nothing, Array, int, Placement], state: TrainState
 ) -> tuple[TrainState, Info]:
     """Up to `length` steps in one compiled loop; nothing goes to the host before its end.
 
@@ -346,7 +380,7 @@ def _validate(
 class _Run:
     """The host's side of a run: decides how far each segment goes and keeps the books."""
 
-    feed: ArrayFeed | StreamFeed
+    feed: ArrayFeed | StreamFeed | NoFeed
     clock: Clock
     checkpoint: Checkpoint | None
     settings: dict[str, Any]
@@ -360,7 +394,7 @@ class _Run:
         if resume and self.checkpoint is None:
             raise InputError("resume needs the file to resume from; give checkpoint=.")
         if self.checkpoint is None or not (resume and self.checkpoint.exists):
-            if not warm_start:
+            if not (warm_start or isinstance(self.feed, NoFeed)):
                 flow = init_from_data(flow, self.feed.sample(max(self.feed.size, _INIT_ROWS)))
             return self.placement.put(init(key, flow, recipe)), History()
         template = init(key, flow, recipe)
@@ -430,12 +464,15 @@ class _Run:
         batch, named = self.feed.inspect(failed_at)
         key = jr.fold_in(state.key, failed_at)
         blame = find_blame(state.model, batch, key, recipe.objective, recipe.spec)
-        words, rows = ("the whole batch", ()) if blame.rows is None else named(blame.rows)
+        if isinstance(self.feed, NoFeed):
+            words, rows = "draws of its own; see that the target is finite wherever they fall", ()
+        else:
+            words, rows = ("the whole batch", ()) if blame.rows is None else named(blame.rows)
+            words += ". Look there for values far outside the others"
         return TrainingError(
             f"Training stopped at step {failed_at + 1}: {int(state.rollbacks)} steps were not "
             f"finite, though each was taken back and the learning rate halved. The first part to "
-            f"give a non-finite value is {blame.part}, for {words}. Look there for values far "
-            "outside the others, or lower the learning rate.",
+            f"give a non-finite value is {blame.part}, for {words}, or lower the learning rate.",
             rows,
         )
 

@@ -9,6 +9,7 @@ the held-out loss and keeps the best parameters, on the device.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -30,7 +31,7 @@ from laminar.density import AbstractDistribution
 from laminar.objectives import Batch, nll
 
 Schedule = Literal["cosine", "constant"]
-Objective = Callable[[Any, Batch, PRNGKeyArray], tuple[Array, dict]]
+Objective = Callable[..., tuple[Array, dict]]
 
 MOST_STEPS = 2**31 - 2  # steps are counted in 32 bits
 _NEVER = 2**31 - 1
@@ -104,7 +105,8 @@ class Recipe(eqx.Module):
 
     Args:
         flow: What is trained; only its structure is looked at.
-        objective: ``(flow, batch, key) -> (loss, aux)``.
+        objective: ``(flow, batch, key) -> (loss, aux)``; with a keyword ``step`` it is also given
+            the number of the step.
         steps: Budget, which the cosine schedule needs.
         learning_rate: Peak rate of the built-in optimiser, AdamW.
         schedule: ``"cosine"`` or ``"constant"``. None means cosine where the number of steps is
@@ -273,7 +275,10 @@ def step(state: TrainState, batch: Batch, recipe: Recipe) -> tuple[TrainState, I
 
     def loss_of(params):
         key = jr.fold_in(state.key, state.step)
-        return recipe.objective(eqx.combine(params, rest), batch, key)
+        model = eqx.combine(params, rest)
+        if _takes_step(recipe.objective):
+            return recipe.objective(model, batch, key, step=state.step)
+        return recipe.objective(model, batch, key)
 
     (loss, _), grads = eqx.filter_value_and_grad(loss_of, has_aux=True)(params)
     norm = optax.tree.norm(grads)
@@ -317,6 +322,14 @@ def step(state: TrainState, batch: Batch, recipe: Recipe) -> tuple[TrainState, I
         rollbacks=rollbacks,
         failed_at=jnp.where(failed, state.step, state.failed_at),
     ), Info(loss.astype(jnp.float32), rate, norm.astype(jnp.float32))
+
+
+def _takes_step(objective: Objective) -> bool:
+    """Whether an objective wants the number of the step, for annealing."""
+    try:
+        return "step" in inspect.signature(objective).parameters
+    except ValueError:  # a callable written in C has no signature
+        return False
 
 
 def _scaled(tree: PyTree, factor: Array) -> PyTree:
