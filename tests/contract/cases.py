@@ -23,6 +23,7 @@ from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.coupling import coupling
 from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.quantile import QuantileMap
+from laminar.bijections.rank_one import Planar, Radial, Sylvester
 from laminar.bijections.splines import Linear, RationalQuadratic
 from laminar.bijections.templates import as_elementwise
 
@@ -270,6 +271,37 @@ def _quantile_map(key):
 
 QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0))]
 
+RANK_ONE = [
+    Case("planar", lambda key: randomise(Planar(4, key=key), key)),
+    Case("planar_scalar", lambda key: randomise(Planar(1, key=key), key)),
+    Case("planar_repeat", lambda key: C.repeat(_planar, 5, key=key)),
+    Case("radial", lambda key: randomise(Radial(4, key=key), key)),
+    Case("radial_scalar", lambda key: randomise(Radial(1, key=key), key)),
+    Case("sylvester_orthogonal", lambda key: randomise(Sylvester(5, 3, key=key), key)),
+    Case(
+        "sylvester_householder",
+        lambda key: randomise(Sylvester(4, kind="householder", reflections=3, key=key), key),
+    ),
+    Case(
+        "sylvester_triangular",
+        lambda key: randomise(Sylvester(3, kind="triangular", order=PERM, key=key), key),
+    ),
+    Case("sylvester_repeat", lambda key: C.repeat(_sylvester, 3, key=key)),
+]
+
+
+def _planar(key):
+    """Tame enough that five in a row keep their digits."""
+    return randomise(Planar(3, key=key), key, 0.7)
+
+
+def _sylvester(key):
+    """Triangular layers, each in an order of its own."""
+    order_key, draw_key = jr.split(key)
+    order = jr.permutation(order_key, 4)
+    return randomise(Sylvester(4, kind="triangular", order=order, key=key), draw_key, 0.5)
+
+
 # Other tiers append their lists here.
 CASES: list[Case] = [
     *ELEMENTWISE,
@@ -280,4 +312,5 @@ CASES: list[Case] = [
     *COUPLED,
     *AUTOREGRESSIVE,
     *QUANTILE,
+    *RANK_ONE,
 ]
