@@ -150,7 +150,7 @@ class Radial(AbstractBijection):
         return self.in_shape
 
     def _measure(self, x: Array) -> tuple[Array, Array, Array]:
-        """x − x_0, the relative radius ρ, and p."""
+        """The offset x − x_0, the relative radius ρ, and p."""
         offset = x - expand(self.centre, x.ndim)
         alpha = expand(positive(self.raw_alpha), x.ndim - 1)
         return offset, _norm(offset) / alpha, expand(_slope(self.raw_slope), x.ndim - 1)
@@ -350,7 +350,7 @@ def _tanh_root_jvp(primals, tangents):
 
 
 def _slope(a: Array) -> Array:
-    """a + √(1 + a²), which is e^{arsinh a}, without cancellation for negative a."""
+    """The slope a + √(1 + a²), which is e^{arsinh a}, without cancellation for negative a."""
     root = jnp.sqrt(1 + a * a) + jnp.abs(a)
     return jnp.where(a < 0, 1 / root, root)
 
@@ -361,7 +361,7 @@ def _tanh_slope(slope: Array, t: Array) -> Array:
 
 
 def _less_tanh(s: Array, t: Array) -> Array:
-    """s − tanh s for s ≥ 0, where t is tanh s; by its series where the difference loses digits."""
+    """The difference s − t for s ≥ 0 and t = tanh s, by its series where it would lose digits."""
     square = s * s
     series = jnp.zeros_like(s)
     for term in (-21844 / 6081075, 1382 / 155925, -62 / 2835, 17 / 315, -2 / 15, 1 / 3):
