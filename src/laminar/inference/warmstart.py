@@ -1,0 +1,223 @@
+"""Gaussian approximations found by optimisation: where a flow begins, and what it must not miss.
+
+From dispersed starts, L-BFGS climbs the log density; along each climb normal laws are made from the
+curvature at several points, and the one with the highest bound on the evidence is kept (the idea of
+Pathfinder, Zhang et al. 2022, with exact Hessians in place of the estimates of L-BFGS; the last
+point gives Laplace's approximation). The kept ones serve twice: the best is the flow's first shape,
+and all of them are places that the finished approximation is tried at.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax import lax
+
+from laminar._typing import Array, PRNGKeyArray
+
+_STEPS = 150
+_MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+"""Points of a climb at which the curvature is taken, as fractions of its length."""
+_DRAWS = 64
+_MOST_DENSE = 400
+_PROBES = 32
+_WIDEST = 1e3
+_APART = 4.0
+
+
+class Gaussians(NamedTuple):
+    """The normal laws of all starts, from the highest bound to the lowest.
+
+    Attributes:
+        means: ``(S, D)``.
+        factors: Lower triangular factors of the covariances, ``(S, D, D)``; only their diagonals,
+            ``(S, D)``, above 400 dimensions.
+        elbos: Bounds on the log evidence, ``(S,)``.
+    """
+
+    means: np.ndarray
+    factors: np.ndarray
+    elbos: np.ndarray
+
+    @property
+    def dense(self) -> bool:
+        """Whether the factors are matrices."""
+        return self.factors.ndim == 3
+
+    def one(self, index: int) -> "Gaussians":
+        """The law of one start."""
+        return Gaussians(*(part[index : index + 1] for part in self))
+
+    def draw(self, noise: np.ndarray) -> np.ndarray:
+        """Draws ``(S, N, D)`` from standard normal noise ``(N, D)``."""
+        if self.dense:
+            return self.means[:, None] + np.einsum("sij,nj->sni", self.factors, noise)
+        return self.means[:, None] + self.factors[:, None] * noise
+
+
+def find_gaussians(
+    key: PRNGKeyArray, log_density: Callable[[Array], Array], starts: Array
+) -> Gaussians:
+    """The best normal law along the climb from each start, best first, near-equal ones left out.
+
+    Args:
+        key: Draws the noise under which all candidates are compared.
+        log_density: Of one vector ``(D,)``; it must hash, as compiled programs are kept by it.
+        starts: ``(S, D)``.
+
+    Returns:
+        At least one law: where no candidate has a finite bound, the standard normal at the start
+        of the highest density.
+    """
+    points = _climb(log_density, starts)
+    means, factors = _candidates(log_density, points)
+    noise = jr.normal(key, (_DRAWS, starts.shape[1]), starts.dtype)
+    elbos = _bounds(log_density, means, factors, noise)
+    means, factors, elbos = (np.asarray(a, np.float64) for a in (means, factors, elbos))
+    count = len(starts)
+    elbos = elbos.reshape(count, -1)
+    best = np.argmax(np.where(np.isnan(elbos), -np.inf, elbos), 1)
+    rows = np.arange(count)
+    means = means.reshape(count, -1, means.shape[-1])[rows, best]
+    factors = factors.reshape(count, elbos.shape[1], *factors.shape[1:])[rows, best]
+    return _distinct(Gaussians(means, factors, elbos[rows, best]))
+
+
+def _distinct(found: Gaussians) -> Gaussians:
+    """The laws by falling bound, without those whose mean lies within a better one."""
+    order = np.argsort(-np.where(np.isfinite(found.elbos), found.elbos, -np.inf), kind="stable")
+    kept: list[int] = []
+    for i in order:
+        if kept and not np.isfinite(found.elbos[i]):
+            continue
+        if all(_distance(found, i, j) > _APART for j in kept):
+            kept.append(int(i))
+    return Gaussians(*(part[kept] for part in found))
+
+
+def _distance(found: Gaussians, i: int, j: int) -> float:
+    """How many standard deviations of law j the mean of law i is away from its mean."""
+    apart = found.means[i] - found.means[j]
+    if found.dense:
+        scaled = np.linalg.solve(found.factors[j], apart)
+    else:
+        scaled = apart / found.factors[j]
+    return float(np.linalg.norm(scaled) / max(np.sqrt(len(apart) / 2), 1.0))
+
+
+def _safe(log_density: Callable[[Array], Array]):
+    """The negative log density with a high plateau in place of what is not finite."""
+
+    def value(z):
+        log_p = log_density(z)
+        ceiling = float(np.sqrt(np.finfo(np.dtype(log_p.dtype)).max))
+        sound = jnp.isfinite(log_p)
+        return jnp.where(sound, -jnp.where(sound, log_p, 0), ceiling)
+
+    def value_and_grad(z):
+        height, slope = jax.value_and_grad(value)(z)
+        return height, jnp.where(jnp.isfinite(slope), slope, 0)
+
+    return value, value_and_grad
+
+
+@jax.jit(static_argnums=0)
+def _climb(log_density: Callable[[Array], Array], starts: Array) -> Array:
+    """Points of the climbs from all starts, ``(S, marks, D)``."""
+    value, value_and_grad = _safe(log_density)
+    optimiser = optax.lbfgs(
+        memory_size=10, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=15)
+    )
+
+    def climb(start):
+        def step(carry):
+            i, z, state, trail, _ = carry
+            height, slope = value_and_grad(z)
+            updates, state = optimiser.update(
+                slope, state, z, value=height, grad=slope, value_fn=value
+            )
+            new = z + jnp.where(jnp.isfinite(updates), updates, 0)
+            moved = jnp.abs(new - z).max() > 1e-4 * (1 + jnp.abs(z).max())
+            return i + 1, new, state, trail.at[i].set(new), moved
+
+        def unfinished(carry):
+            return (carry[0] < _STEPS) & carry[-1]
+
+        trail = jnp.zeros((_STEPS, *start.shape), start.dtype)
+        first = (jnp.zeros((), jnp.int32), start, optimiser.init(start), trail, jnp.asarray(True))
+        count, _, _, trail, _ = lax.while_loop(unfinished, step, first)
+        marks = jnp.asarray(_MARKS, jnp.float32) * count.astype(jnp.float32)
+        return trail[jnp.clip(jnp.ceil(marks).astype(jnp.int32) - 1, 0, _STEPS - 1)]
+
+    # Optax mixes dtypes, which a user's strict settings may forbid.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return jax.vmap(climb)(starts)
+
+
+@jax.jit(static_argnums=0)
+def _candidates(log_density: Callable[[Array], Array], points: Array) -> tuple[Array, Array]:
+    """Normal laws with the curvature at points ``(S, M, D)``, centred there and a Newton step on.
+
+    Returns:
+        Means ``(2·S·M, D)`` and factors, the two of one point beside each other.
+    """
+    value, value_and_grad = _safe(log_density)
+    dim = points.shape[-1]
+
+    def dense(z):
+        slope = value_and_grad(z)[1]
+        hessian = jax.hessian(value)(z)
+        hessian = jnp.where(jnp.isfinite(hessian), hessian, 0)
+        curvature, axes = jnp.linalg.eigh(0.5 * (hessian + hessian.T))
+        # A saddle is as wide as it is steep, and nothing is flat.
+        width = _width(curvature)
+        newton = z - axes @ (width**2 * (axes.T @ slope))
+        # The factor R of the covariance A diag(w²) Aᵀ = Rᵀ R is triangular.
+        upper = jnp.linalg.qr((axes * width).T, mode="r")
+        lower = upper.T * jnp.sign(jnp.diagonal(upper))
+        return jnp.stack([z, newton]), jnp.stack([lower, lower])
+
+    def diagonal(z):
+        slope = value_and_grad(z)[1]
+        signs = jr.rademacher(jr.key(0), (_PROBES, dim), z.dtype)
+
+        def product(v):
+            return v * jax.jvp(lambda z: value_and_grad(z)[1], (z,), (v,))[1]
+
+        curvature = lax.map(product, signs).mean(0)
+        width = _width(jnp.where(jnp.isfinite(curvature), curvature, 0))
+        return jnp.stack([z, z - width**2 * slope]), jnp.stack([width, width])
+
+    law = dense if dim <= _MOST_DENSE else diagonal
+    means, factors = lax.map(law, points.reshape(-1, dim))
+    return means.reshape(-1, dim), factors.reshape(-1, *factors.shape[2:])
+
+
+def _width(curvature: Array) -> Array:
+    """Standard deviations from curvatures, which may be negative or zero."""
+    return lax.rsqrt(jnp.maximum(jnp.abs(curvature), _WIDEST**-2))
+
+
+@jax.jit(static_argnums=0)
+def _bounds(
+    log_density: Callable[[Array], Array], means: Array, factors: Array, noise: Array
+) -> Array:
+    """The bound E[ln p − ln q] of each law, −∞ where a draw has no density or there is a NaN."""
+    dim = means.shape[-1]
+    entropy = 0.5 * dim * (1 + np.log(2 * np.pi))
+
+    def bound(law):
+        mean, factor = law
+        if factor.ndim == 2:
+            draws, diagonal = mean + noise @ factor.T, jnp.diagonal(factor)
+        else:
+            draws, diagonal = mean + noise * factor, factor
+        log_p = jax.vmap(log_density)(draws)
+        elbo = log_p.mean() + jnp.log(jnp.abs(diagonal)).sum() + entropy
+        return jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf)
+
+    return lax.map(bound, (means, factors))
