@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 
 from laminar._errors import InputError
 from laminar._typing import Array
-from laminar.inference.supports import Leaf, load_numpyro, make_leaf, permissive
+from laminar.inference.supports import Leaf, load_numpyro, log_det, make_leaf, permissive
 
 _TRACES = 2
 """How often a model is run to see whether its sites stay the same."""
@@ -33,39 +36,53 @@ def open_model(model: Callable, args: tuple, kwargs: dict[str, Any]) -> "Model":
         # A support that depends on other sites gives the same shapes, which is all that is read.
         leaves.append(make_leaf(name, np.shape(site["value"]), site["fn"].support, start))
         start = leaves[-1].stop
-    return Model(model, args, kwargs, tuple(leaves))
+    values = {name: site["value"] for name, site in latent.items()}
+    return Model(
+        model, args, kwargs, tuple(leaves), _has_moving_supports(model, args, kwargs, values)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A NumPyro model; a support may depend on other sites, so the model is run for each use."""
+    """A NumPyro model as a function of unconstrained vectors.
+
+    Where supports depend on the values of other sites (``moving``), the model is run to learn the
+    transforms; else those of the leaves serve.
+    """
 
     model: Callable
     args: tuple
     kwargs: dict[str, Any]
     leaves: tuple[Leaf, ...]
+    moving: bool
 
     def log_density(self, z):
         """The log joint density of one vector, log-Jacobian included."""
+        util = load_numpyro().infer.util
         with permissive():
-            energy = load_numpyro().infer.util.potential_energy(
-                self._seeded(), self.args, self.kwargs, self._raw(z)
-            )
-        return -jnp.asarray(energy).astype(z.dtype)
+            if self.moving:
+                energy = util.potential_energy(self._seeded(), self.args, self.kwargs, self._raw(z))
+                return -jnp.asarray(energy).astype(z.dtype)
+            joint, _ = util.log_density(self._seeded(), self.args, self.kwargs, self.constrain(z))
+        return jnp.asarray(joint).astype(z.dtype) + self.log_jacobian(z)
 
     def log_jacobian(self, z):
         """The logarithm of |d constrained / d unconstrained| at one vector."""
-        util = load_numpyro().infer.util
-        raw, total = self._raw(z), jnp.zeros((), z.dtype)
+        raw, values = self._raw(z), self.constrain(z)
+        transforms = self._transforms(values)
         with permissive():
-            values = self.constrain(z)
-            for name, transform in self._transforms(util, values).items():
-                terms = transform.log_abs_det_jacobian(raw[name], values[name])
-                total = total + jnp.sum(terms).astype(z.dtype)
-        return total
+            terms = [
+                log_det(transform, raw[name], values[name])
+                for name, transform in transforms.items()
+                if transform is not None
+            ]
+        return sum((term.astype(z.dtype) for term in terms), jnp.zeros((), z.dtype))
 
     def constrain(self, z):
         """The values of the sites at one vector."""
+        raw = self._raw(z)
+        if not self.moving:
+            return {leaf.name: leaf.constrain(raw[leaf.name]) for leaf in self.leaves}
         found = self._sites(z, deterministic=False)
         return {leaf.name: found[leaf.name] for leaf in self.leaves}
 
@@ -77,11 +94,10 @@ class Model:
 
     def unconstrain(self, arrays):
         """The vector of the sites' values, in the order of the leaves."""
-        util = load_numpyro().infer.util
         values = {leaf.name: x for leaf, x in zip(self.leaves, arrays, strict=True)}
+        transforms = self._transforms(values)
         with permissive():
-            transforms = self._transforms(util, values)
-            raw = [transforms[name].inv(x) for name, x in values.items()]
+            raw = [x if (t := transforms[k]) is None else t.inv(x) for k, x in values.items()]
         return jnp.concatenate([x.reshape(-1) for x in raw])
 
     def named(self, values):
@@ -96,11 +112,16 @@ class Model:
     def guilty(self, z: Array) -> list[str]:
         """The sites whose log density is not finite at one vector."""
         util = load_numpyro().infer.util
+
+        # Compiled, since NumPyro warns of values that it can look at.
+        @jax.jit
+        def terms(z):
+            values = self.constrain(z)
+            return util.compute_log_probs(self._seeded(), self.args, self.kwargs, values)[0]
+
         with permissive():
-            terms, _ = util.compute_log_probs(
-                self._seeded(), self.args, self.kwargs, self.constrain(z)
-            )
-        return [name for name, value in terms.items() if not bool(jnp.isfinite(value))]
+            found = terms(z)
+        return [name for name, value in found.items() if not bool(jnp.isfinite(value))]
 
     def _seeded(self):
         # A handler made anew for each use: it changes its key while the model is traced.
@@ -117,8 +138,33 @@ class Model:
                 self._seeded(), self.args, self.kwargs, self._raw(z), deterministic
             )
 
-    def _transforms(self, util, values) -> dict[str, Any]:
-        return util.get_transforms(self._seeded(), self.args, self.kwargs, values)
+    def _transforms(self, values) -> dict[str, Any]:
+        if not self.moving:
+            return {leaf.name: leaf.transform for leaf in self.leaves}
+        with permissive():
+            return load_numpyro().infer.util.get_transforms(
+                self._seeded(), self.args, self.kwargs, values
+            )
+
+
+def _has_moving_supports(model, args, kwargs, values: dict[str, Array]) -> bool:
+    """Whether some support is computed while the model runs, so may depend on other sites."""
+    handlers = load_numpyro().handlers
+
+    def found(values):
+        seeded = handlers.seed(handlers.substitute(model, data=values), jr.key(0))
+        with permissive():
+            sites = _latent(handlers.trace(seeded).get_trace(*args, **kwargs))
+        bounds = [jtu.tree_leaves(site["fn"].support) for site in sites.values()]
+        moving.append(any(isinstance(x, Tracer) for leaves in bounds for x in leaves))
+
+    moving: list[bool] = []
+    try:
+        jax.eval_shape(found, values)
+    except jax.errors.JAXTypeError:
+        # The model cannot be compiled, of which the trial of its density will tell.
+        return True
+    return moving[0]
 
 
 def _trace(model, args, kwargs, seed: int) -> dict[str, Any]:
@@ -149,7 +195,9 @@ def _refuse(model, traces, latent) -> None:
     discrete = [k for k, s in latent.items() if s["fn"].support.is_discrete]
     fixed = [k for k, s in latent.items() if isinstance(s["fn"], delta)]
     free = [k for k, s in sites if s["type"] == "param"]
-    mini = [k for k, s in sites if s["type"] == "plate" and s["args"][0] != s["args"][1]]
+    mini = [
+        k for k, s in sites if s["type"] == "plate" and s["args"][1] not in (None, s["args"][0])
+    ]
     for found, what in (
         (discrete, "discrete latent sites {}, which no flow reaches: sum them out of the model"),
         (fixed, "sample sites {} with a delta distribution: use numpyro.deterministic"),

@@ -95,7 +95,32 @@ class Leaf(NamedTuple):
         if self.transform is None:
             return jnp.zeros((), raw.dtype)
         with permissive():
-            return jnp.sum(self.transform.log_abs_det_jacobian(raw, self.transform(raw)))
+            return log_det(self.transform, raw, self.transform(raw))
+
+
+def log_det(transform: Any, raw: Array, value: Array) -> Array:
+    """The logarithm of |d value / d raw| of a NumPyro transform, summed over batch axes.
+
+    For correlations it is computed from `raw`: NumPyro's own formula takes logarithms of small
+    differences and is NaN from about |raw| = 5 on in float32.
+    """
+    transforms = load_numpyro().distributions.transforms
+    parts = getattr(transform, "parts", [transform])
+    if isinstance(parts[0], transforms.CorrCholeskyTransform) and len(parts) <= 2:
+        return _correlation_log_det(raw, value.shape[-1], whole=len(parts) == 2)
+    return jnp.sum(transform.log_abs_det_jacobian(raw, value))
+
+
+def _correlation_log_det(raw: Array, size: int, whole: bool) -> Array:
+    """The log-Jacobian of a correlation matrix (`whole`) or of its Cholesky factor.
+
+    Row i of the factor has L_ij = r_ij Π_{k<j} √(1 − r_ik²) with r = tanh(raw), so its logarithm is
+    Σ_k (1 + (i − 1 − k)/2) ln(1 − r_ik²). The matrix adds (size − 1 − i) ln L_ii for each row.
+    """
+    row, column = np.tril_indices(size, -1)
+    weight = 1 + 0.5 * (row - 1 - column) + whole * 0.5 * (size - 1 - row)
+    log_cosh = jnp.abs(raw) + jnp.log1p(jnp.exp(-2 * jnp.abs(raw))) - math.log(2)
+    return -2 * jnp.sum(jnp.asarray(weight, raw.dtype) * log_cosh)
 
 
 def make_leaf(name: str, shape: Shape, support: Support, start: int) -> Leaf:
