@@ -18,6 +18,7 @@ from laminar._params import partition
 from laminar._registry import register
 from laminar.bijections import compose, elementwise
 from laminar.bijections import linear as L
+from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.coupling import coupling
@@ -302,6 +303,22 @@ def _sylvester(key):
     return randomise(Sylvester(4, kind="triangular", order=order, key=key), draw_key, 0.5)
 
 
+AMORTIZED = [
+    Case("amortized_planar", lambda key: _amortized(C.repeat(_planar, 4, key=key), key)),
+    Case("amortized_radial", lambda key: _amortized(Radial(3, key=key), key, 1.0)),
+    Case(
+        "amortized_sylvester",
+        lambda key: _amortized(Sylvester(3, kind="triangular", key=key), key),
+    ),
+    Case("amortized_mapped", lambda key: _amortized(_coupling(E.Shift(), key, cond_dim=2), key)),
+]
+
+
+def _amortized(bijection, key, scale=0.3, **options):
+    """A template and a network at random parameters."""
+    return randomise(amortized(bijection, 2, key=key, **options), key, scale)
+
+
 # Other tiers append their lists here.
 CASES: list[Case] = [
     *ELEMENTWISE,
@@ -313,4 +330,5 @@ CASES: list[Case] = [
     *AUTOREGRESSIVE,
     *QUANTILE,
     *RANK_ONE,
+    *AMORTIZED,
 ]

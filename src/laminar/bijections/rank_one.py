@@ -12,9 +12,13 @@ its direction. It comes from an unconstrained number a by
 
 which is smooth, has p(0) = p′(0) = 1, and so leaves a map that is far from its limit as it is. All
 maps start as the identity, at a point from which gradients lead away.
+
+Parameters may carry trailing batch axes of their own, the same as the points', as networks give
+them: every product is then one multiplication and sum with the batch last.
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
 import equinox as eqx
@@ -28,7 +32,6 @@ from laminar._params import expand, positive, positive_inverse
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection
 from laminar.bijections.compose import Permute
-from laminar.bijections.linear import Householder
 
 SylvesterKind = Literal["orthogonal", "householder", "triangular"]
 
@@ -63,6 +66,7 @@ class Planar(AbstractBijection):
     in_shape: Shape = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
+    batched_parameters: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, key: PRNGKeyArray):
         _check_dim("Planar", dim)
@@ -84,10 +88,10 @@ class Planar(AbstractBijection):
         # out, and no gradient is lost by stopping it there: tiny and huge w keep their digits.
         largest = lax.stop_gradient(jnp.max(jnp.abs(self.w), 0))
         none = largest < jnp.finfo(self.w.dtype).tiny
-        unit = self.w / jnp.where(none, 1, largest)
+        unit = self.w / jnp.where(none, 1, largest)[None]
         along = jnp.sum(unit * self.u, 0)
         square = along * along / jnp.where(none, 1, jnp.sum(unit * unit, 0))
-        return self.u + self.w * (square / (1 + jnp.sqrt(1 + a * a))), _slope(a)
+        return self.u + self.w * (square / (1 + jnp.sqrt(1 + a * a)))[None], _slope(a)
 
     def forward(self, x, condition=None, *, key=None):
         """``(x + û tanh(wᵀx + b), ln(1 + wᵀû (1 − tanh²)))``."""
@@ -133,6 +137,7 @@ class Radial(AbstractBijection):
     in_shape: Shape = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
+    batched_parameters: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, key: PRNGKeyArray, alpha: float = 1.0):
         _check_dim("Radial", dim)
@@ -216,13 +221,15 @@ class Sylvester(AbstractBijection):
         ShapeError: If `order` has another length.
     """
 
-    rotation: AbstractBijection
+    vectors: Array | None
+    order: Permute | None
     matrix: Array
     scale: Array
     b: Array
     in_shape: Shape = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
+    batched_parameters: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -235,7 +242,12 @@ class Sylvester(AbstractBijection):
         order: Array | None = None,
     ):
         _check_dim("Sylvester", dim)
-        self.rotation, size = _make_rotation(dim, columns, kind, reflections, order, key)
+        size, count = _check_sylvester(dim, columns, kind, reflections, order)
+        self.vectors = self.order = None
+        if kind == "triangular":
+            self.order = Permute(jnp.arange(dim) if order is None else order)
+        else:
+            self.vectors = jr.normal(key, (dim, count))
         self.matrix = jnp.zeros((size, size))
         self.scale = jnp.ones((size,))
         self.b = jnp.zeros((size,))
@@ -252,51 +264,67 @@ class Sylvester(AbstractBijection):
         size = self.b.shape[0]
         return super().row_cost(direction) + (2 * size * size if direction == "inverse" else 0)
 
-    def _triangles(self) -> tuple[Array, Array, Array]:
-        """R, R̃, and the slopes 1 + R_ii R̃_ii."""
-        r = jnp.diagonal(self.matrix)
+    def _diagonals(self) -> tuple[Array, Array]:
+        """R_ii, and the slopes 1 + R_ii R̃_ii."""
+        places = jnp.arange(self.b.shape[0])
+        r = self.matrix[places, places]
         a = r * self.scale
-        diagonal = r * (1 + a / (1 + jnp.sqrt(1 + a * a)))
-        outer = jnp.triu(self.matrix, 1) + jnp.diag(diagonal)
-        inner = jnp.tril(self.matrix, -1).T + jnp.diag(self.scale)
-        return outer, inner, _slope(a)
+        return r * (1 + a / (1 + jnp.sqrt(1 + a * a))), _slope(a)
 
     def _lift(self, values: Array) -> Array:
         """Q times M values, ``(D, *batch)``."""
+        if self.vectors is None:
+            return values if self.order is None else self.order.forward(values)[0]
         rest = self.in_shape[0] - values.shape[0]
         padding = jnp.zeros((rest, *values.shape[1:]), values.dtype)
-        return self.rotation.forward(jnp.concatenate([values, padding]))[0]
+        return _reflect(self.vectors, jnp.concatenate([values, padding]), backwards=True)
 
     def _project(self, x: Array) -> Array:
         """Qᵀx, ``(M, *batch)``."""
-        return self.rotation.inverse(x)[0][: self.b.shape[0]]
+        if self.vectors is None:
+            return x if self.order is None else self.order.inverse(x)[0]
+        return _reflect(self.vectors, x)[: self.b.shape[0]]
+
+    def _pre_activation(self, v: Array) -> Array:
+        """The s of a projected point v = Qᵀx: R̃ v + b."""
+        lower = _masked(self.matrix, jnp.tril, -1)
+        inner = _product(jnp.swapaxes(lower, 0, 1), v)
+        return inner + expand(self.scale, v.ndim) * v + expand(self.b, v.ndim)
+
+    def _bend(self, diagonal: Array, t: Array) -> Array:
+        """The move of a point in the subspace, R t."""
+        return _product(_masked(self.matrix, jnp.triu, 1), t) + expand(diagonal, t.ndim) * t
 
     def forward(self, x, condition=None, *, key=None):
         """``(x + Q R tanh s, Σ ln(1 + R_ii R̃_ii (1 − tanh² s_i)))``."""
-        outer, inner, slope = self._triangles()
-        t = jnp.tanh(_product(inner, self._project(x)) + expand(self.b, x.ndim))
+        diagonal, slope = self._diagonals()
+        t = jnp.tanh(self._pre_activation(self._project(x)))
         log_det = jnp.log(_tanh_slope(expand(slope, x.ndim), t)).sum(0)
-        return x + self._lift(_product(outer, t)), log_det
+        return x + self._lift(self._bend(diagonal, t)), log_det
 
     def inverse(self, y, condition=None, *, key=None):
         """``(y − Q R tanh s, −Σ ln(1 + R_ii R̃_ii (1 − tanh² s_i)))`` at the roots s."""
-        outer, inner, slope = self._triangles()
+        diagonal, slope = self._diagonals()
         image = self._project(y)
 
         def solve(known, row):
             # Coordinates not found yet are zero, so the triangles need no masks.
             v, t = known
-            i, outer_row, inner_row, slope_i, b_i, image_i = row
-            rest = image_i - _product(outer_row[None], t)[0]
-            r = inner_row[i] * rest + _product(inner_row[None], v)[0] + b_i
-            t_i = jnp.tanh(tanh_root(jnp.broadcast_to(slope_i, r.shape), r))
-            return (v.at[i].set(rest - outer_row[i] * t_i), t.at[i].set(t_i)), None
+            i, outer, inner, diagonal_i, slope_i, scale_i, b_i, image_i = row
+            rest = image_i - jnp.sum(expand(outer, t.ndim) * t, 0)
+            shift = jnp.sum(expand(inner, v.ndim) * v, 0) + expand(b_i, rest.ndim)
+            s = tanh_root(expand(slope_i, rest.ndim), expand(scale_i, rest.ndim) * rest + shift)
+            t_i = jnp.tanh(s)
+            v_i = rest - expand(diagonal_i, rest.ndim) * t_i
+            return (v.at[i].set(v_i), t.at[i].set(t_i)), None
 
-        rows = (jnp.arange(image.shape[0]), outer, inner, slope, self.b, image)
+        columns = jnp.swapaxes(self.matrix, 0, 1)
+        places = jnp.arange(image.shape[0])
+        rows = (places, self.matrix, columns, diagonal, slope, self.scale, self.b, image)
         zeros = jnp.zeros_like(image)
         (_, t), _ = lax.scan(solve, (zeros, zeros), rows, reverse=True)
         log_det = -jnp.log(_tanh_slope(expand(slope, y.ndim), t)).sum(0)
-        return y - self._lift(_product(outer, t)), log_det
+        return y - self._lift(self._bend(diagonal, t)), log_det
 
 
 @jax.custom_jvp
@@ -378,10 +406,54 @@ def _norm(x: Array) -> Array:
     return jnp.where(none, 0, largest * jnp.sqrt(jnp.where(none, 1, square)))
 
 
+def _unit(x: Array) -> Array:
+    """Vectors ``(D, *batch)`` at length one; a vector of zeros stands for the first axis."""
+    length = _norm(x)
+    none = length == 0
+    axis = expand((jnp.arange(x.shape[0]) == 0).astype(x.dtype), x.ndim)
+    return jnp.where(none[None], axis, x / jnp.where(none, 1, length)[None])
+
+
 def _product(matrix: Array, x: Array) -> Array:
-    """A matrix times vectors ``(D, *batch)``, in full precision."""
+    """A matrix times vectors ``(D, *batch)``, in full precision; each may have its own matrix."""
+    if matrix.ndim > 2:
+        return jnp.sum(matrix * x[None], 1)
     flat = jnp.matmul(matrix, x.reshape((x.shape[0], -1)), precision=_HIGHEST)
     return flat.reshape((matrix.shape[0], *x.shape[1:]))
+
+
+def _masked(matrix: Array, triangle: Callable[..., Array], offset: int) -> Array:
+    """A triangle of matrices ``(M, M, *batch)``."""
+    mask = triangle(jnp.ones(matrix.shape[:2], matrix.dtype), offset)
+    return matrix * expand(mask, matrix.ndim)
+
+
+def _reflect(vectors: Array, x: Array, backwards: bool = False) -> Array:
+    """Reflect points ``(D, *batch)`` at each column of ``(D, K)``, the last one first if backwards.
+
+    With vectors for each point the reflections run one by one. Otherwise they are applied at once,
+    as I − V T Vᵀ with T upper triangular (Schreiber & Van Loan 1989), by two thin products.
+    """
+    v = _unit(vectors)
+    if v.ndim > 2:
+
+        def turn(x, v):
+            return x - v * (2 * jnp.sum(v * x, 0))[None], None
+
+        return lax.scan(turn, x, jnp.moveaxis(v, 1, 0), reverse=backwards)[0]
+    gram = _product(v.T, v)
+
+    def extend(factor, column):
+        i, products = column
+        new = -2 * jnp.matmul(factor, products, precision=_HIGHEST)
+        return factor.at[:, i].set(new.at[i].set(2)), None
+
+    # Columns still to come are zero, so each product sees only the earlier ones.
+    start = jnp.zeros_like(gram)
+    factor, _ = lax.scan(extend, start, (jnp.arange(v.shape[1]), gram))
+    # H_1 … H_K is I − V T Vᵀ, and takes the last one first; its transpose the first one first.
+    factor = factor if backwards else factor.T
+    return x - _product(v, _product(factor, _product(v.T, x)))
 
 
 def _check_dim(owner: str, dim: int) -> None:
@@ -389,36 +461,27 @@ def _check_dim(owner: str, dim: int) -> None:
         raise InputError(f"{owner}: dim must be at least 1, not {dim}.")
 
 
-def _make_rotation(
-    dim: int,
-    columns: int | None,
-    kind: str,
-    reflections: int | None,
-    order: Array | None,
-    key: PRNGKeyArray,
-) -> tuple[AbstractBijection, int]:
-    """The orthogonal map whose first columns are Q, and how many they are."""
+def _check_sylvester(
+    dim: int, columns: int | None, kind: str, reflections: int | None, order: Array | None
+) -> tuple[int, int]:
+    """M, and how many reflections make Q."""
     if kind not in get_args(SylvesterKind):
         raise InputError(
             f"Sylvester: kind must be 'orthogonal', 'householder' or 'triangular', not {kind!r}."
         )
     if reflections is not None and kind != "householder":
         raise InputError(f"Sylvester: reflections belong to kind='householder', not {kind!r}.")
+    if reflections is not None and reflections < 1:
+        raise InputError(f"Sylvester: reflections must be at least 1, not {reflections}.")
     if order is not None and kind != "triangular":
         raise InputError(f"Sylvester: an order belongs to kind='triangular', not {kind!r}.")
+    if order is not None and jnp.shape(order) != (dim,):
+        raise ShapeError(f"Sylvester: an order of shape {jnp.shape(order)} for events ({dim},).")
     if columns is None:
         columns = (dim + 1) // 2 if kind == "orthogonal" else dim
     if not 1 <= columns <= dim or (kind != "orthogonal" and columns != dim):
         allowed = f"from 1 to {dim}" if kind == "orthogonal" else str(dim)
         raise InputError(f"Sylvester: kind={kind!r} has {allowed} columns, not {columns}.")
-    if kind == "triangular":
-        order = jnp.arange(dim) if order is None else jnp.asarray(order)
-        if order.shape != (dim,):
-            raise ShapeError(f"Sylvester: an order of shape {order.shape} for events ({dim},).")
-        return Permute(order), columns
-    count = columns if kind == "orthogonal" else min(dim, 8) if reflections is None else reflections
-    pair_key, key = jr.split(key)
-    rotation = Householder(dim, count, key=pair_key)
-    # Those of `Householder` come in pairs that cancel; here the layers should differ.
-    vectors = jr.normal(key, (dim, count))
-    return eqx.tree_at(lambda h: h.vectors, rotation, vectors), columns
+    if kind == "orthogonal":
+        return columns, columns
+    return columns, min(dim, 8) if reflections is None else reflections
