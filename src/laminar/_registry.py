@@ -37,7 +37,7 @@ _PACKAGES = (
     "laminar.conditional",
     "laminar.flow",
 )
-_UPPER_PACKAGES = ("laminar.tables", "laminar.inference")
+_UPPER_PACKAGES = ("laminar.tables", "laminar.inference", "laminar.tasks")
 
 # Old name -> present name, for classes of laminar renamed after a release.
 _RENAMED: dict[str, str] = {}

@@ -1,0 +1,1 @@
+"""Whole applications, one readable file each."""
