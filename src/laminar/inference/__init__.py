@@ -8,12 +8,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from laminar.inference.arviz import loo as loo
+    from laminar.inference.arviz import predictive as predictive
+    from laminar.inference.arviz import psis as psis
+    from laminar.inference.arviz import to_arviz as to_arviz
+    from laminar.inference.arviz import waic as waic
+    from laminar.inference.numpyro import AutoFlow as AutoFlow
+    from laminar.inference.numpyro import FlowDistribution as FlowDistribution
+    from laminar.inference.numpyro import FlowTransform as FlowTransform
+    from laminar.inference.numpyro import neutra as neutra
     from laminar.inference.target import Target as Target
     from laminar.inference.target import as_target as as_target
 
 _HOMES = {
+    "AutoFlow": "numpyro",
+    "FlowDistribution": "numpyro",
+    "FlowTransform": "numpyro",
     "Target": "target",
     "as_target": "target",
+    "loo": "arviz",
+    "neutra": "numpyro",
+    "predictive": "arviz",
+    "psis": "arviz",
+    "to_arviz": "arviz",
+    "waic": "arviz",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

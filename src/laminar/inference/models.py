@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from laminar._errors import InputError
 from laminar._typing import Array
-from laminar.inference.supports import Leaf, load_numpyro, log_det, make_leaf, permissive
+from laminar.inference.supports import Leaf, Way, load_numpyro, log_det, make_leaf, permissive
 
 _TRACES = 2
 """How often a model is run to see whether its sites stay the same."""
@@ -43,7 +43,7 @@ def open_model(model: Callable, args: tuple, kwargs: dict[str, Any]) -> "Model":
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
+class Model(Way):
     """A NumPyro model as a function of unconstrained vectors.
 
     Where supports depend on the values of other sites (``moving``), the model is run to learn the

@@ -1,5 +1,6 @@
 """Where parameters live: words for NumPyro's constraints, and flat vectors for trees of values."""
 
+import abc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
 from laminar._errors import InputError, MissingExtraError, ShapeError
-from laminar._typing import Array, PyTree, Shape
+from laminar._typing import Array, PRNGKeyArray, PyTree, Shape
 from laminar.density import is_shape
 
 Support: TypeAlias = Any
@@ -96,6 +98,48 @@ class Leaf(NamedTuple):
             return jnp.zeros((), raw.dtype)
         with permissive():
             return log_det(self.transform, raw, self.transform(raw))
+
+
+class Way(abc.ABC):
+    """From single unconstrained vectors to the user's values, and the log density on that way.
+
+    Attributes:
+        leaves: The arrays of the user's values, in the order of the vector.
+    """
+
+    leaves: tuple[Leaf, ...]
+
+    @abc.abstractmethod
+    def log_density(self, z: Array) -> Array:
+        """The log density of one vector ``(D,)``, log-Jacobian included: ``()``."""
+
+    @abc.abstractmethod
+    def log_jacobian(self, z: Array) -> Array:
+        """The logarithm of |d constrained / d unconstrained| at one vector: ``()``."""
+
+    @abc.abstractmethod
+    def constrain(self, z: Array) -> PyTree:
+        """The user's values at one vector."""
+
+    @abc.abstractmethod
+    def unconstrain(self, arrays: list[Array]) -> Array:
+        """The vector of one array for each leaf."""
+
+    @abc.abstractmethod
+    def named(self, values: PyTree) -> dict[str, Array]:
+        """The user's values as a flat dictionary, in the order of the leaves."""
+
+    def deterministics(self, z: Array) -> dict[str, Array]:
+        """What a model computes of its parameters, at one vector."""
+        return {}
+
+    def guilty(self, z: Array) -> list[str]:
+        """The parts of a model whose log density is not finite at one vector."""
+        return []
+
+    def start(self, key: PRNGKeyArray, n: int, dtype: Any) -> Array:
+        """Dispersed vectors, ``(n, D)``: uniform on [−2, 2]^D, as in NumPyro and Stan."""
+        return jr.uniform(key, (n, self.leaves[-1].stop), dtype, -2.0, 2.0)
 
 
 def log_det(transform: Any, raw: Array, value: Array) -> Array:

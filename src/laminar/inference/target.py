@@ -14,15 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
 from laminar._errors import InputError, ShapeError
 from laminar._typing import Array, PRNGKeyArray, PyTree, Shape
-from laminar.inference.models import Model, open_model
+from laminar.inference.models import open_model
 from laminar.inference.supports import (
     Leaf,
+    Way,
     leaf_name,
     leaf_shapes,
     make_leaf,
@@ -30,8 +30,6 @@ from laminar.inference.supports import (
     spread_supports,
 )
 
-_RADIUS = 2.0
-"""Starting points are uniform on [−2, 2]^D, as in NumPyro and Stan."""
 _STARTS = 64
 
 
@@ -60,11 +58,15 @@ class Target:
     model: Callable | None
     args: tuple = dataclasses.field(repr=False)
     kwargs: dict[str, Any] = dataclasses.field(repr=False)
-    way: "Model | _Density" = dataclasses.field(repr=False)
+    way: Way = dataclasses.field(repr=False)
 
     def log_density(self, z: Array) -> Array:
         """The log density ln p̃(z) of one vector ``(D,)``, the log-Jacobian included: ``()``."""
         return self.way.log_density(z)
+
+    def potential(self, z: Array) -> Array:
+        """The potential energy −ln p̃(z), as NumPyro's samplers take it (``potential_fn``)."""
+        return -self.way.log_density(z)
 
     def log_jacobian(self, z: Array) -> Array:
         """The logarithm of |d constrained / d unconstrained| at one vector ``(D,)``: ``()``.
@@ -120,8 +122,8 @@ class Target:
         return self.way.named(values)
 
     def start(self, key: PRNGKeyArray, n: int) -> Array:
-        """Dispersed starting points, uniform on [−2, 2]^D: ``(n, D)``."""
-        return jr.uniform(key, (n, self.dim), self.dtype, -_RADIUS, _RADIUS)
+        """Dispersed starting points, ``(n, D)``: uniform on [−2, 2]^D where nothing is known."""
+        return self.way.start(key, n, self.dtype)
 
     def check(self, key: PRNGKeyArray, n: int = _STARTS) -> tuple[str, ...]:
         """Look for what would make inference fail, at n starting points.
@@ -225,7 +227,7 @@ def _check_dtype(dtype: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Density:
+class _Density(Way):
     """A JAX log density over a tree of values with declared supports."""
 
     function: Callable
@@ -245,9 +247,6 @@ class _Density:
         return jtu.tree_unflatten(
             self.structure, [leaf.constrain(_cut(leaf, z)) for leaf in self.leaves]
         )
-
-    def deterministics(self, z):
-        return {}
 
     def unconstrain(self, arrays):
         raw = [leaf.unconstrain(x) for leaf, x in zip(self.leaves, arrays, strict=True)]
@@ -280,7 +279,7 @@ def _density_target(function, args, kwargs, supports, example, dtype) -> Target:
     return _build(way, dtype, None, args, kwargs)
 
 
-def _build(way: "Model | _Density", dtype, model, args, kwargs) -> Target:
+def _build(way: Way, dtype, model, args, kwargs) -> Target:
     """The target of a way from vectors to values, once its log density is tried."""
     leaves = way.leaves
     names = tuple(name for leaf in leaves for name in scalar_names(leaf.name, leaf.shape))
@@ -398,7 +397,7 @@ def _parameters(target: Target, mask) -> list[str]:
 
 def _culprits(target: Target, z) -> str:
     """The sites of a model that are to blame for a density that is not finite."""
-    found = target.way.guilty(jnp.asarray(z)) if isinstance(target.way, Model) else []
+    found = target.way.guilty(jnp.asarray(z))
     return f" because of {_list(found)}" if found else ""
 
 
