@@ -56,12 +56,46 @@ def test_spline_flow_options():
         np.testing.assert_allclose(_both_ways(flow, x)[0], x, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
+@pytest.mark.parametrize("name", ["iaf", "maf", "nice", "nsf", "realnvp"])
 def test_one_column_gets_splines_not_a_silent_gaussian(name):
     flow = zoo.BUILDERS[name](1, key=jr.key(0), **SMALL)
     layer = flow.bijection.steps()[0]
     layer = layer.bijection if isinstance(layer, Invert) else layer
     assert isinstance(layer.template, RationalQuadratic)
+
+
+@pytest.mark.parametrize("mixing", ["permutation", "orthogonal"])
+def test_nice_mixes_at_random_and_keeps_volume(mixing):
+    flow = zoo.nice(4, key=jr.key(0), mixing=mixing, base=StudentT((4,)), **SMALL)
+    x = jr.normal(jr.key(1), (7, 4))
+    np.testing.assert_allclose(flow.log_prob(x), flow.base.log_prob(x), rtol=1e-4, atol=1e-4)
+    flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
+    couplings = flow.bijection.parts[0]
+    log_det = couplings.forward(x.T)[1]
+    np.testing.assert_allclose(log_det, 0, atol=1e-5)
+    np.testing.assert_allclose(_both_ways(flow, x)[0], x, atol=2e-3)
+    moves = [np.asarray(step.parts[0].forward(jnp.eye(4))[0]) for step in couplings.steps()]
+    assert not all(np.allclose(move, moves[0]) for move in moves)
+    for move in moves:
+        np.testing.assert_allclose(move @ move.T, np.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["planar", "radial", "sylvester"])
+def test_flows_without_networks_can_have_either_direction_closed(name):
+    x = jr.normal(jr.key(1), (7, 3))
+    for fast in ("sample", "log_prob"):
+        flow = zoo.BUILDERS[name](3, key=jr.key(0), layers=4, fast=fast)
+        assert isinstance(flow.bijection.layers, Invert) == (fast == "log_prob")
+        flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.5))
+        np.testing.assert_allclose(_both_ways(flow, x)[0], x, atol=2e-3)
+
+
+def test_triangular_sylvester_layers_take_turns_in_their_order():
+    flow = zoo.sylvester(3, key=jr.key(0), layers=3, kind="triangular")
+    np.testing.assert_array_equal(
+        flow.bijection.layers.order.index, [[0, 1, 2], [2, 1, 0], [0, 1, 2]]
+    )
+    assert zoo.sylvester(5, key=jr.key(0), columns=2).bijection.layers.b.shape == (8, 2)
 
 
 def test_orders_come_in_opposite_pairs():
@@ -89,6 +123,12 @@ def test_misuse_is_named():
         MaskedMLP(3, 2, width=4, depth=1, order=[0, 0, 7], key=jr.key(0))
     with pytest.raises(InputError, match="fast must be"):
         zoo.nsf(3, key=jr.key(0), fast="both")
+    with pytest.raises(InputError, match="planar: fast must be"):
+        zoo.planar(3, key=jr.key(0), fast="both")
+    with pytest.raises(InputError, match="radial: layers must be at least 1"):
+        zoo.radial(3, key=jr.key(0), layers=0)
+    with pytest.raises(InputError, match="mixing must be"):
+        zoo.nice(3, key=jr.key(0), mixing="none")
     with pytest.raises(InputError, match="cond_dim"):
         zoo.maf(3, key=jr.key(0), cond_dim=-1)
 

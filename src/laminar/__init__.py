@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from laminar._params import Frozen as Frozen
     from laminar._params import trainable as trainable
     from laminar._registry import register as register
+    from laminar.bijections.amortized import Amortized as Amortized
+    from laminar.bijections.amortized import amortized as amortized
     from laminar.bijections.autoregressive import MaskedAutoregressive as MaskedAutoregressive
     from laminar.bijections.autoregressive import masked_autoregressive as masked_autoregressive
     from laminar.bijections.base import AbstractBijection as AbstractBijection
@@ -53,6 +55,9 @@ if TYPE_CHECKING:
     from laminar.bijections.linear import Triangular as Triangular
     from laminar.bijections.numerical import NumericalInverse as NumericalInverse
     from laminar.bijections.quantile import QuantileMap as QuantileMap
+    from laminar.bijections.rank_one import Planar as Planar
+    from laminar.bijections.rank_one import Radial as Radial
+    from laminar.bijections.rank_one import Sylvester as Sylvester
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
     from laminar.bijections.templates import as_elementwise as as_elementwise
@@ -94,7 +99,10 @@ if TYPE_CHECKING:
     from laminar.zoo import maf as maf
     from laminar.zoo import nice as nice
     from laminar.zoo import nsf as nsf
+    from laminar.zoo import planar as planar
+    from laminar.zoo import radial as radial
     from laminar.zoo import realnvp as realnvp
+    from laminar.zoo import sylvester as sylvester
 
 _NAMES = {
     "laminar._errors": (
@@ -107,6 +115,7 @@ _NAMES = {
     ),
     "laminar._params": ("Frozen", "trainable"),
     "laminar._registry": ("register",),
+    "laminar.bijections.amortized": ("Amortized", "amortized"),
     "laminar.bijections.autoregressive": ("MaskedAutoregressive", "masked_autoregressive"),
     "laminar.bijections.base": ("AbstractBijection", "AbstractTransform", "Identity", "Invert"),
     "laminar.bijections.compose": (
@@ -135,6 +144,7 @@ _NAMES = {
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
     "laminar.bijections.numerical": ("NumericalInverse",),
     "laminar.bijections.quantile": ("QuantileMap",),
+    "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
     "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
@@ -161,7 +171,16 @@ _NAMES = {
     "laminar.train.fit": ("fit",),
     "laminar.train.history": ("History",),
     "laminar.train.source": ("ArraySource", "MappedSource", "Stream"),
-    "laminar.zoo": ("iaf", "maf", "nice", "nsf", "realnvp"),
+    "laminar.zoo": (
+        "iaf",
+        "maf",
+        "nice",
+        "nsf",
+        "planar",
+        "radial",
+        "realnvp",
+        "sylvester",
+    ),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = (

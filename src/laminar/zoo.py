@@ -4,21 +4,28 @@ Every builder takes ``dim`` and ``key`` and says which direction is cheap. All s
 identity, so the first density is that of the base. Layers are repeated by a scan: depth costs no
 compile time. Coordinates keep their places, because each layer carries an order of its own instead
 of permuting, so the path z_0, …, z_K can be followed column by column.
+
+`planar`, `radial` and `sylvester` have no networks: a condition sets all their numbers through one
+network (see `laminar.bijections.amortized`), which is how `width` and `depth` are meant there.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 
 from laminar._errors import InputError
 from laminar._typing import Array, PRNGKeyArray
+from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
-from laminar.bijections.compose import Chain, Permute, Repeat, repeat
+from laminar.bijections.compose import Chain, Permute, Repeat, random_permutation, repeat
 from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Shift
-from laminar.bijections.linear import LU
+from laminar.bijections.linear import LU, Householder
+from laminar.bijections.rank_one import Planar, Radial, Sylvester, SylvesterKind
 from laminar.bijections.splines import RationalQuadratic
 from laminar.density import AbstractDistribution
 from laminar.distributions import Normal
@@ -27,6 +34,7 @@ from laminar.preset import Preset as Preset
 from laminar.preset import preset as preset
 
 Fast = Literal["log_prob", "sample"]
+Mixing = Literal["order", "permutation", "orthogonal"]
 
 MAX_LOG_SCALE = 3.0
 """Bound on the log-scale of one affine layer: enough for any standardised data, and what keeps
@@ -198,13 +206,31 @@ def nice(
     width: int = 128,
     depth: int = 2,
     cond_dim: int = 0,
+    mixing: Mixing = "order",
     base: AbstractDistribution | None = None,
 ) -> Flow:
     """Additive coupling layers and one final scaling (Dinh et al. 2014).
 
-    All layers but the diagonal scaling preserve volume. A single column gets spline maps. Arguments
-    are those of `nsf`.
+    All layers but the diagonal scaling preserve volume. A single column gets spline maps. Other
+    arguments are those of `nsf`.
+
+    Args:
+        dim: Number of columns D.
+        key: Draws the weights and the mixing.
+        layers: Number of layers K.
+        width: Hidden units of a conditioner.
+        depth: Residual blocks of a conditioner.
+        cond_dim: Length of the condition; 0 for none.
+        mixing: What stands between the couplings. ``"order"``: the halves change places, and every
+            other time are drawn anew. ``"permutation"``: a random permutation each time, and
+            ``"orthogonal"``: a random orthogonal matrix, trained from there, as in Rezende &
+            Mohamed (2015). Each layer undoes its mixing, so coordinates keep their places.
+        base: Base distribution, by default a standard normal.
     """
+    if mixing not in get_args(Mixing):
+        raise InputError(
+            f"nice: mixing must be 'order', 'permutation' or 'orthogonal', not {mixing!r}."
+        )
     stack = _build(
         "nice",
         dim,
@@ -215,11 +241,105 @@ def nice(
         depth=depth,
         cond_dim=cond_dim,
         coupled=True,
+        mixing=mixing,
     )
     return _over(base, dim, Chain([stack, Affine(shape=(dim,))]))
 
 
-BUILDERS = {"nsf": nsf, "maf": maf, "iaf": iaf, "realnvp": realnvp, "nice": nice}
+def planar(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 32,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    fast: Fast = "sample",
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Planar flow (Rezende & Mohamed 2015): each layer bends space along one direction.
+
+    A layer has 2 D + 1 numbers and costs O(D), so many are needed and cheap. Made for variational
+    inference: sampling is closed, ``log_prob`` solves one equation of one unknown in each layer.
+
+    Args:
+        dim: Number of columns D.
+        key: Draws the directions, and the network of a condition.
+        layers: Number of layers K.
+        width: Hidden units of the network that turns a condition into the numbers of all layers;
+            unused without a condition.
+        depth: Its residual blocks.
+        cond_dim: Length of the condition; 0 for none.
+        fast: The direction that is closed: ``"sample"``, or ``"log_prob"`` for fitting data.
+        base: Base distribution, by default a standard normal.
+
+    Raises:
+        InputError: If a size or `fast` has no meaning.
+    """
+    layer = _rank_one("planar", lambda at: Planar(dim, key=at[1]), fast)
+    return _stacked("planar", dim, layer, key, layers, width, depth, cond_dim, base)
+
+
+def radial(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 32,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    fast: Fast = "sample",
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Radial flow (Rezende & Mohamed 2015): each layer pushes from a point or pulls towards it.
+
+    A layer has D + 2 numbers; both directions are closed and cost O(D). Arguments are those of
+    `planar`.
+    """
+    layer = _rank_one("radial", lambda at: Radial(dim, key=at[1]), fast)
+    return _stacked("radial", dim, layer, key, layers, width, depth, cond_dim, base)
+
+
+def sylvester(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 8,
+    columns: int | None = None,
+    kind: SylvesterKind = "orthogonal",
+    reflections: int | None = None,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    fast: Fast = "sample",
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Sylvester flow (van den Berg et al. 2018): each layer makes M bends at once.
+
+    Sampling is closed, ``log_prob`` solves M equations of one unknown in each layer. See
+    `laminar.bijections.rank_one.Sylvester` for `columns` (M), `kind` and `reflections`;
+    ``"triangular"`` layers take the columns in an order and its reverse by turns. Other arguments
+    are those of `planar`.
+    """
+
+    def make(at: tuple[Array, PRNGKeyArray]) -> AbstractTransform:
+        order = at[0] if kind == "triangular" else None
+        return Sylvester(dim, columns, kind=kind, reflections=reflections, order=order, key=at[1])
+
+    layer = _rank_one("sylvester", make, fast)
+    return _stacked("sylvester", dim, layer, key, layers, width, depth, cond_dim, base)
+
+
+BUILDERS = {
+    "nsf": nsf,
+    "maf": maf,
+    "iaf": iaf,
+    "realnvp": realnvp,
+    "nice": nice,
+    "planar": planar,
+    "radial": radial,
+    "sylvester": sylvester,
+}
 """Builders by name, as the command line knows them."""
 
 
@@ -242,16 +362,11 @@ def _build(
     fast: Fast = "log_prob",
     residual: bool = False,
     linear: bool = False,
+    mixing: Mixing = "order",
 ) -> Repeat:
-    """A scanned stack of layers of one kind."""
-    sizes = {"dim": dim, "layers": layers, "width": width, "depth": depth}
-    for size, value in sizes.items():
-        if value < 1:
-            raise InputError(f"{name}: {size} must be at least 1, not {value}.")
-    if cond_dim < 0:
-        raise InputError(f"{name}: cond_dim must be 0 or more, not {cond_dim}.")
-    if fast not in ("log_prob", "sample"):
-        raise InputError(f"{name}: fast must be 'log_prob' or 'sample', not {fast!r}.")
+    """A scanned stack of layers of one kind, whose parameters networks set."""
+    _check_sizes(name, cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+    _check_fast(name, fast)
 
     def autoregressive(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
         layer = masked_autoregressive(
@@ -267,8 +382,13 @@ def _build(
         return Invert(layer) if fast == "sample" else layer
 
     def coupled_layer(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
-        # The entry at position i of the order comes to place i; the first half then conditions.
-        move = Permute(jnp.argsort(order))
+        if mixing == "order":
+            # The entry at position i of the order comes to place i; the first half conditions.
+            move = Permute(jnp.argsort(order))
+        else:
+            mix_key, net_key = jr.split(net_key)
+            random = _random_rotation if mixing == "orthogonal" else random_permutation
+            move = random(dim, key=mix_key)
         layer = coupling(dim, template, width=width, depth=depth, cond_dim=cond_dim, key=net_key)
         return Chain([move, layer, Invert(move)])
 
@@ -280,6 +400,56 @@ def _build(
     order_key, net_key = jr.split(key)
     orders = _orders(dim, layers, order_key)
     return repeat(make, layers, over=(orders, jr.split(net_key, layers)))
+
+
+def _rank_one(
+    name: str, make: Callable[[tuple[Array, PRNGKeyArray]], AbstractTransform], fast: Fast
+) -> Callable[[tuple[Array, PRNGKeyArray]], AbstractTransform]:
+    """A maker of layers that are closed in the direction asked for."""
+    _check_fast(name, fast)
+    return make if fast == "sample" else lambda at: Invert(make(at))
+
+
+def _stacked(
+    name: str,
+    dim: int,
+    make: Callable[[tuple[Array, PRNGKeyArray]], AbstractTransform],
+    key: PRNGKeyArray,
+    layers: int,
+    width: int,
+    depth: int,
+    cond_dim: int,
+    base: AbstractDistribution | None,
+) -> Flow:
+    """A flow of layers without networks, one network for all of them if there is a condition."""
+    _check_sizes(name, cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+    layer_key, net_key = jr.split(key)
+    orders = jnp.arange(layers)[:, None] % 2 * (dim - 1)
+    orders = jnp.abs(orders - jnp.arange(dim)[None]).astype(jnp.int32)
+    stack = repeat(make, layers, over=(orders, jr.split(layer_key, layers)))
+    if cond_dim:
+        stack = amortized(stack, cond_dim, width=width, depth=depth, key=net_key)
+    return _over(base, dim, stack)
+
+
+def _random_rotation(dim: int, *, key: PRNGKeyArray) -> Householder:
+    """A random orthogonal map: its reflections do not come in pairs that cancel."""
+    pair_key, key = jr.split(key)
+    rotation = Householder(dim, dim, key=pair_key)
+    return eqx.tree_at(lambda h: h.vectors, rotation, jr.normal(key, (dim, dim)))
+
+
+def _check_sizes(name: str, cond_dim: int, **sizes: int) -> None:
+    for size, value in sizes.items():
+        if value < 1:
+            raise InputError(f"{name}: {size} must be at least 1, not {value}.")
+    if cond_dim < 0:
+        raise InputError(f"{name}: cond_dim must be 0 or more, not {cond_dim}.")
+
+
+def _check_fast(name: str, fast: str) -> None:
+    if fast not in ("log_prob", "sample"):
+        raise InputError(f"{name}: fast must be 'log_prob' or 'sample', not {fast!r}.")
 
 
 def _over(base: AbstractDistribution | None, dim: int, stack: AbstractTransform) -> Flow:

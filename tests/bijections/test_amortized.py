@@ -89,10 +89,10 @@ def test_the_path_of_an_amortised_flow_counts_the_layers_of_its_template():
     assert path.names[0] == "Amortized(Planar)"
     assert path.names[-1] == "Permute"
     np.testing.assert_allclose(path.points[-1], flow.to_data(z, c), atol=1e-5)
-    np.testing.assert_allclose(path.log_probs[-1], flow.log_prob(path.points[-1], c), atol=1e-4)
+    np.testing.assert_allclose(path.log_probs[-1], flow.log_prob(path.points[-1], c), rtol=1e-4)
     for k in (0, 3, 6):
         np.testing.assert_allclose(
-            path.log_probs[k], flow.upto(k).log_prob(path.points[k], c), atol=1e-4
+            path.log_probs[k], flow.upto(k).log_prob(path.points[k], c), rtol=1e-4, atol=1e-4
         )
 
 
