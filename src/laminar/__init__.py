@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from laminar.bijections.compose import repeat as repeat
     from laminar.bijections.coupling import Coupling as Coupling
     from laminar.bijections.coupling import coupling as coupling
+    from laminar.bijections.dynamics import Hamiltonian as Hamiltonian
+    from laminar.bijections.dynamics import Langevin as Langevin
+    from laminar.bijections.dynamics import Leapfrog as Leapfrog
     from laminar.bijections.elementwise import AbstractElementwise as AbstractElementwise
     from laminar.bijections.elementwise import Affine as Affine
     from laminar.bijections.elementwise import Exp as Exp
@@ -128,6 +131,7 @@ _NAMES = {
         "repeat",
     ),
     "laminar.bijections.coupling": ("Coupling", "coupling"),
+    "laminar.bijections.dynamics": ("Hamiltonian", "Langevin", "Leapfrog"),
     "laminar.bijections.elementwise": (
         "AbstractElementwise",
         "Affine",

@@ -22,6 +22,7 @@ from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.coupling import coupling
+from laminar.bijections.dynamics import Leapfrog
 from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.quantile import QuantileMap
 from laminar.bijections.rank_one import Planar, Radial, Sylvester
@@ -319,6 +320,24 @@ def _amortized(bijection, key, scale=0.3, **options):
     return randomise(amortized(bijection, 2, key=key, **options), key, scale)
 
 
+@register("test_contract_valley")
+def _valley(z, condition=None):
+    """A log-density with linear tails, whose coordinates depend on each other."""
+    shift = 0 if condition is None else condition.sum()
+    return -jnp.logaddexp(z - shift, -z).sum() - 0.5 * jnp.tanh(z[0]) * jnp.tanh(z[1])
+
+
+DYNAMICS = [
+    Case("leapfrog", lambda key: _leapfrog(key)),
+    Case("leapfrog_tempered", lambda key: _leapfrog(key, tempering=0.9, cond_dim=2)),
+]
+
+
+def _leapfrog(key, **options):
+    """Steps that stay within the accuracy of the integrator."""
+    return randomise(Leapfrog(_valley, 2, steps=3, step_size=0.3, **options), key, 0.5)
+
+
 # Other tiers append their lists here.
 CASES: list[Case] = [
     *ELEMENTWISE,
@@ -331,4 +350,5 @@ CASES: list[Case] = [
     *QUANTILE,
     *RANK_ONE,
     *AMORTIZED,
+    *DYNAMICS,
 ]
