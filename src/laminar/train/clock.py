@@ -11,6 +11,7 @@ from laminar.train.state import Rate
 _LENGTH = 1000
 _DECAY_PART = 0.2
 _MARGIN = 0.95
+_EARLY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Clock:
     """Decides by steps where there is a budget of steps, and by time where there is a time limit.
 
     How many steps a segment takes follows the clock on the wall in both cases, but changes no
-    number: with a budget of steps, validations and the end stand at fixed steps.
+    number: with a budget of steps, validations and the end stand at fixed steps. Before the first
+    regular validation stand four earlier ones, at doubling steps, as most is learnt there; not
+    where the user chose the interval.
 
     Args:
         begun: ``time.monotonic()`` at the start of the run.
@@ -48,7 +51,7 @@ class Clock:
         time_limit: Seconds, or None.
         validate_every: Steps between validations, or None to choose.
         feed: The feed, for its batch size and for how many batches it can hold.
-        held_out: The validation rows, or None.
+        held_out: The validation rows (without data, one for each key), or None.
     """
 
     def __init__(
@@ -61,12 +64,17 @@ class Clock:
         held_out: Batch | None,
     ):
         self._begun, self.steps, self.limit = begun, steps, time_limit
-        rows = 0 if held_out is None else len(held_out.x)
+        rows = 0
+        if held_out is not None:
+            rows = len(held_out.weights if held_out.x is None else held_out.x)
         # A row costs a third in validation of what it costs in training: this keeps the whole of
         # validation under about a seventh of the time.
         cheap = math.ceil(2.5 * rows / feed.size)
         budget = _LENGTH if steps is None else steps
         self.validate_every = validate_every or max(math.ceil(budget / 50), cheap, 10)
+        # Where the user has chosen the steps, they are kept.
+        halvings = () if validate_every or held_out is None else range(_EARLY, 0, -1)
+        self._early = [every for h in halvings if (every := self.validate_every >> h)]
         self.length = feed.capacity or _LENGTH
         self._fixed = feed.capacity is not None
         self._before = 0.0
@@ -153,7 +161,7 @@ class Clock:
 
     def validates(self, step: int) -> bool:
         """Whether a validation follows this step."""
-        return step % self.validate_every == 0 or step == self._end()
+        return step == self._end() or step == self._next_validation(step - 1)
 
     def rate(self, rate: Rate, step: int) -> Rate:
         """The learning rate of the next segment, with its final decay under a time limit.
@@ -202,10 +210,15 @@ class Clock:
         known = [e for e in (self.steps, decayed) if e is not None]
         return min(known) if known else None
 
+    def _next_validation(self, step: int) -> int:
+        """The first step after this one that a validation follows."""
+        every = self.validate_every
+        return next((e for e in self._early if e > step), (step // every + 1) * every)
+
     def _up_to_mark(self, step: int, most: int) -> int:
         """Steps until the next validation or the end, at most so many."""
         end = self._end()
-        mark = (step // self.validate_every + 1) * self.validate_every
+        mark = self._next_validation(step)
         if end is not None:
             mark = min(mark, max(end, step + 1))
         return min(mark - step, most)

@@ -134,7 +134,8 @@ def fit(
             too and returned where it is better (or always, without validation).
         patience: Stop after so many validations without a better one; None never does.
         validate_every: Steps between validations, by default a fiftieth of the budget, or more
-            where validation would take a large part of the time.
+            where validation would take a large part of the time, with four earlier ones in the
+            first interval.
         time_limit: Seconds in all, compilation included. The rate is constant and falls linearly to
             zero over the last fifth, so the result depends on the machine's speed.
         freeze: ``lambda flow: flow.base`` (or a tuple of parts): what is not trained.
@@ -172,10 +173,9 @@ def fit(
     shuffle_key, split_key, step_key, validation_key = jr.split(key, 4)
     placement = place(devices)
     split_seed = np.asarray(seed_words(split_key))
-    held_out = None
     if data is None:
         _check_without_data(objective, condition, weights, validation, placement)
-        feed = NoFeed()
+        feed, held_out = NoFeed(), same_draws(_VALIDATION_KEYS) if validation else None
     else:
         source, rows, held_out = prepare(flow, data, condition, weights, validation, split_seed)
         feed = _make_feed(flow, source, rows, seed_words(shuffle_key), batch_size, placement)
@@ -201,10 +201,8 @@ def fit(
         run = _Run(feed, clock, checkpoint, {}, placement, patience)
         run.settings = _settings(key, flow, recipe, run, held_out, learning_rate, weight_decay)
         state, history = run.start(step_key, flow, recipe, warm_start, resume)
-        chunks = None
-        if data is None and validation:
-            chunks = same_draws(_VALIDATION_KEYS)
-        elif held_out is not None:
+        chunks = held_out
+        if held_out is not None and data is not None:
             chunks = stack_held_out(held_out, feed.size, placement)
         with Progress(progress, steps, time_limit) as shown:
             state, history = run.loop(state, history, recipe, chunks, validation_key, shown)
@@ -276,7 +274,7 @@ def _settings(key, flow, recipe: Recipe, run: "_Run", held_out, rate, weight_dec
         "batch_size": run.feed.size,
         "steps": None if run.clock.limit is not None else run.clock.steps,
         "validate_every": run.clock.validate_every,
-        "validation": None if held_out is None else [len(held_out.x), digest(held_out)],
+        "validation": None if held_out is None else digest(held_out),
         "learning_rate": rate,
         "patience": run.patience,
         "objective": _name_of(recipe.objective),
