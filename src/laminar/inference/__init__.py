@@ -13,14 +13,22 @@ if TYPE_CHECKING:
     from laminar.inference.arviz import psis as psis
     from laminar.inference.arviz import to_arviz as to_arviz
     from laminar.inference.arviz import waic as waic
+    from laminar.inference.assessment import Assessment as Assessment
+    from laminar.inference.assessment import Verdict as Verdict
+    from laminar.inference.fitting import fit_posterior as fit_posterior
     from laminar.inference.numpyro import AutoFlow as AutoFlow
     from laminar.inference.numpyro import FlowDistribution as FlowDistribution
     from laminar.inference.numpyro import FlowTransform as FlowTransform
     from laminar.inference.numpyro import neutra as neutra
+    from laminar.inference.posterior import Posterior as Posterior
     from laminar.inference.target import Target as Target
     from laminar.inference.target import as_target as as_target
 
 _HOMES = {
+    "Assessment": "assessment",
+    "Posterior": "posterior",
+    "Verdict": "assessment",
+    "fit_posterior": "fitting",
     "AutoFlow": "numpyro",
     "FlowDistribution": "numpyro",
     "FlowTransform": "numpyro",

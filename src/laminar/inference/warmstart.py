@@ -8,7 +8,7 @@ and all of them are places that the finished approximation is tried at.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,8 @@ def _climb(log_density: Callable[[Array], Array], starts: Array) -> Array:
             updates, state = optimiser.update(
                 slope, state, z, value=height, grad=slope, value_fn=value
             )
-            new = z + jnp.where(jnp.isfinite(updates), updates, 0)
+            move = cast(Array, updates)
+            new = z + jnp.where(jnp.isfinite(move), move, 0)
             moved = jnp.abs(new - z).max() > 1e-4 * (1 + jnp.abs(z).max())
             return i + 1, new, state, trail.at[i].set(new), moved
 

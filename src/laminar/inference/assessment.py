@@ -1,0 +1,331 @@
+"""How good an approximation is: importance weights, what follows from them, and a verdict in words.
+
+All figures come from N draws z_i of the approximation q and their weights w_i = p̃(z_i) / q(z_i).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+
+from laminar._errors import InputError
+from laminar._typing import Array, PRNGKeyArray
+from laminar.bijections.elementwise import Affine
+from laminar.density import AbstractDistribution, Estimate
+from laminar.flow import Flow
+from laminar.inference.arviz import psis
+from laminar.inference.target import Target
+from laminar.inference.warmstart import Gaussians
+from laminar.mixtures import Mixture
+
+Grade = Literal["good", "usable after reweighting", "do not trust"]
+
+GOOD, USABLE = 0.5, 0.7
+"""Limits of the shape k̂ of the tail of the weights (Vehtari et al. 2024): below the first the
+draws can be used as they are, below the second with their weights."""
+
+USABLE_GAP = 0.05
+"""Nats of evidence in the tails that an approximation may miss and still be usable."""
+
+_TOLERATED_GAP = 0.01
+_WIDER = 0.8
+_CHUNK = 2_000
+_LEAST_MASS = math.log(0.005)
+_MISSED = 3.0
+_PROBES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether an approximation can be trusted, in words.
+
+    Attributes:
+        grade: ``"good"``, ``"usable after reweighting"`` or ``"do not trust"``.
+        reasons: Sentences with the figures that decided it.
+        caveat: What no figure of the approximation's own draws can show.
+    """
+
+    grade: Grade
+    reasons: tuple[str, ...]
+    caveat: str
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.grade[0].upper()}{self.grade[1:]}.", *self.reasons, self.caveat])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assessment:
+    """Draws of an approximation with their densities, and what their weights say.
+
+    Attributes:
+        z: Draws in the unconstrained space, ``(N, D)``.
+        log_q: Their log density under the approximation, ``(N,)``.
+        log_p: Their log density under the target, unnormalised, ``(N,)``.
+    """
+
+    z: np.ndarray
+    log_q: np.ndarray
+    log_p: np.ndarray
+
+    @property
+    def failures(self) -> int:
+        """Draws whose log density is NaN or +∞."""
+        return int((~self._sound).sum())
+
+    @property
+    def _sound(self) -> np.ndarray:
+        return ~(np.isnan(self.log_p) | np.isnan(self.log_q) | (self.log_p == np.inf))
+
+    @functools.cached_property
+    def log_ratios(self) -> np.ndarray:
+        """Ln w_i, ``(N,)``; −∞ for draws outside the support and for those that failed."""
+        with np.errstate(invalid="ignore"):
+            ratios = self.log_p.astype(np.float64) - self.log_q.astype(np.float64)
+        return np.where(self._sound, ratios, -np.inf)
+
+    @functools.cached_property
+    def _smoothed(self) -> tuple[np.ndarray, float]:
+        alive = np.isfinite(self.log_ratios)
+        weights = np.full(len(alive), -np.inf)
+        if alive.sum() < 25:
+            return weights, math.inf
+        if np.ptp(self.log_ratios[alive]) < 1e-3:
+            # Equal up to rounding, which has no tail to speak of.
+            weights[alive] = -math.log(alive.sum())
+            return weights, 0.0
+        found, k_hat = psis(self.log_ratios[alive])
+        weights[alive] = found
+        return weights, float(k_hat)
+
+    @property
+    def log_weights(self) -> np.ndarray:
+        """Pareto-smoothed, normalised log-weights, ``(N,)`` (Vehtari et al. 2024)."""
+        return self._smoothed[0]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Pareto-smoothed weights that sum to one, ``(N,)``; zeros where none could be found."""
+        return np.exp(self.log_weights)
+
+    @property
+    def k_hat(self) -> float:
+        """The shape of the tail of the weights: moments below 1/k̂ exist. It is 0 for equal ones."""
+        return self._smoothed[1]
+
+    @property
+    def ess(self) -> float:
+        """The effective sample size 1 / Σ w̄_i², at most N."""
+        total = float((self.weights**2).sum())
+        return 1 / total if total > 0 else 0.0
+
+    @property
+    def elbo(self) -> Estimate:
+        """The bound E_q[ln p̃ − ln q] with its standard error, in nats."""
+        values = self.log_ratios
+        return Estimate(jnp.asarray(values.mean()), jnp.asarray(_error(values)))
+
+    @property
+    def log_evidence(self) -> Estimate:
+        """Ln (1/N) Σ w_i, an estimate of ln ∫ p̃, with the standard error by the delta method.
+
+        The error means something only where k̂ is below 0.7.
+        """
+        top = self.log_ratios.max()
+        if not np.isfinite(top):
+            return Estimate(jnp.asarray(top), jnp.asarray(np.nan))
+        scaled = np.exp(self.log_ratios - top)
+        value = top + math.log(scaled.mean())
+        return Estimate(jnp.asarray(value), jnp.asarray(_error(scaled) / scaled.mean()))
+
+
+def _error(values: np.ndarray) -> float:
+    if not np.isfinite(values).all():
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def assess(
+    key: PRNGKeyArray, approximation: AbstractDistribution, target: Target, n: int
+) -> Assessment:
+    """Draw n times from an approximation and weigh the draws."""
+    size = min(n, _CHUNK)
+    parts = [
+        jax.device_get(_weigh(approximation, target.log_density, k, size))
+        for k in jr.split(key, -(-n // size))
+    ]
+    return Assessment(*(np.concatenate(part)[:n] for part in zip(*parts, strict=True)))
+
+
+def widen(approximation: AbstractDistribution) -> AbstractDistribution:
+    """The even mixture of an approximation and of the same with its latent draws spread wider.
+
+    Its draws reach into the tails that the approximation's own draws hardly see.
+    """
+    if isinstance(approximation, Mixture):
+        return Mixture([widen(part) for part in approximation.parts()], approximation.logits)
+    if not isinstance(approximation, Flow):
+        raise TypeError(f"cannot widen {approximation.name}")
+    base = approximation.base
+    dim = approximation.shape[0]
+    spread = Affine(0.0, 1 + _WIDER / math.sqrt(dim), shape=(dim,))
+    spread = jtu.tree_map(
+        lambda x: x.astype(approximation.dtype) if eqx.is_inexact_array(x) else x, spread
+    )
+    return Flow(Mixture([base, Flow(base, spread)]), approximation.bijection)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """How much more evidence wider draws find: ln Ẑ_wide − ln Ẑ, with its standard error."""
+
+    value: float
+    error: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is more than rounding and chance."""
+        return self.value > max(_TOLERATED_GAP, 4 * self.error)
+
+
+def find_gap(
+    key: PRNGKeyArray, approximation: AbstractDistribution, target: Target, found: Assessment
+) -> Gap:
+    """Compare the evidence of an approximation's own draws with that of as many wider ones."""
+    wide = assess(key, widen(approximation), target, len(found.log_q)).log_evidence
+    own = found.log_evidence
+    value = float(wide.value - own.value)
+    return Gap(value, float(np.hypot(wide.error, own.error)))
+
+
+@eqx.filter_jit
+def _weigh(approximation, log_density, key, size: int) -> tuple[Array, Array, Array]:
+    z, log_q = approximation._sample_and_log_prob(key, (size,))
+    z = z.T
+    return z, log_q, jax.vmap(log_density)(z)
+
+
+def missed(
+    key: PRNGKeyArray,
+    approximation: AbstractDistribution,
+    target: Target,
+    places: Gaussians,
+    log_evidence: float,
+) -> np.ndarray:
+    """Which of the normal laws found by optimisation hold mass that the approximation lacks.
+
+    A law g_j is missed where its own bound says that it holds more than a two-hundredth of the
+    mass, and the weights of its draws are on average more than e³ times the usual ones.
+
+    Returns:
+        The numbers of such laws, from the highest bound to the lowest. Where there is only one, the
+        approximation began there, and nothing is looked at.
+    """
+    if len(places.means) == 1:
+        return np.array([], int)
+    noise = np.asarray(jr.normal(key, (_PROBES, target.dim)))
+    draws = jnp.asarray(places.draw(noise), target.dtype)
+    log_p, log_q = jax.device_get(_densities(approximation, target.log_density, draws))
+    with np.errstate(invalid="ignore"):
+        excess = np.nanmean(np.maximum(log_p - log_q, -1e6), 1) - log_evidence
+    heavy = places.elbos - log_evidence > _LEAST_MASS
+    return np.flatnonzero(heavy & (excess > _MISSED))
+
+
+@eqx.filter_jit
+def _densities(approximation, log_density, draws: Array) -> tuple[Array, Array]:
+    def of_place(z):
+        return jax.vmap(log_density)(z), approximation._log_prob(z.T)
+
+    return jax.lax.map(of_place, draws)
+
+
+def judge(
+    target: Target,
+    found: Assessment,
+    gap: Gap,
+    places: Gaussians,
+    lost: np.ndarray,
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """The verdict on an approximation.
+
+    Args:
+        target: The target.
+        found: Its draws and weights.
+        gap: What wider draws find beyond them.
+        places: The laws found by optimisation.
+        lost: The numbers of those that were missed.
+        notes: Sentences about trouble on the way; each forbids trust.
+    """
+    k_hat, n = found.k_hat, len(found.log_q)
+    reasons, grade = [], "good"
+    if k_hat >= USABLE:
+        grade = "do not trust"
+        reasons.append(
+            f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least {USABLE}):"
+            " neither the draws nor their weighted averages are reliable."
+        )
+    elif k_hat >= GOOD:
+        grade = "usable after reweighting"
+        reasons.append(
+            f"The weights have a finite variance or nearly so (k̂ = {k_hat:.2f}, between {GOOD} and "
+            f"{USABLE}); use weighted or resampled draws."
+        )
+    else:
+        reasons.append(f"The importance weights are well behaved (k̂ = {k_hat:.2f}, below {GOOD}).")
+    reasons.append(f"{found.ess:,.0f} of {n:,} draws count after weighting.")
+    if found.failures:
+        grade = "do not trust"
+        reasons.append(f"The log density is NaN or +∞ at {found.failures:,} of {n:,} draws.")
+    if gap.significant:
+        share = -math.expm1(-gap.value)
+        if gap.value > USABLE_GAP or grade == "do not trust":
+            grade = "do not trust"
+        else:
+            grade = "usable after reweighting"
+        reasons.append(
+            f"Draws spread wider find {share:.1%} of the probability outside the reach of its own: "
+            "it is too narrow, or its tails are too short."
+        )
+    for j in lost:
+        grade = "do not trust"
+        reasons.append(
+            f"Optimisation found probability near {_place(target, places.means[j])} that the "
+            "approximation misses."
+        )
+    for note in notes:
+        grade = "do not trust"
+        reasons.append(note)
+    return Verdict(grade, tuple(reasons), _caveat(len(places.means)))
+
+
+def _caveat(distinct: int) -> str:
+    places = "place" if distinct == 1 else "different places"
+    return (
+        "Weights see only where the approximation has draws: a mode that neither it nor the "
+        f"optimisation (which ended in {distinct} {places}) reached stays unseen. Compare another "
+        "key, more starts, a tempered run, and simulated data."
+    )
+
+
+def _place(target: Target, z: np.ndarray) -> str:
+    values = target.named(target.constrain(jnp.asarray(z, target.dtype)))
+    words = []
+    for name, value in values.items():
+        shown = np.array2string(np.asarray(value), precision=3, threshold=4, edgeitems=2)
+        words.append(f"{name} = {shown}")
+    return ", ".join(words[:3]) + (" …" if len(words) > 3 else "")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Refuse numbers that are too small."""
+    if value != int(value) or value < least:
+        raise InputError(f"{name} is {value}; give a whole number of at least {least}.")

@@ -1,0 +1,330 @@
+"""`fit_posterior`: from a log density or a NumPyro model to a posterior, with a verdict on it.
+
+Stages, each of which ends the work where it suffices:
+
+1. normal laws from climbs (see `laminar.inference.warmstart`);
+2. a flow over the best of them by reverse KL with path gradients, in rounds of growing length;
+3. where its weights still have a heavy tail, a round of forward KL by importance sampling;
+4. where a law of the first stage holds mass that the flow misses, another flow there, in a mixture.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+
+from laminar import zoo
+from laminar._errors import InputError, ShapeError
+from laminar._params import Frozen, positive_inverse
+from laminar._typing import PRNGKeyArray, PyTree
+from laminar.bijections.compose import Chain
+from laminar.bijections.elementwise import Affine
+from laminar.bijections.linear import Triangular
+from laminar.density import AbstractDistribution
+from laminar.distributions import Normal
+from laminar.flow import Flow
+from laminar.inference.assessment import (
+    GOOD,
+    USABLE,
+    Assessment,
+    Gap,
+    assess,
+    check_count,
+    find_gap,
+    judge,
+    missed,
+    widen,
+)
+from laminar.inference.posterior import Posterior
+from laminar.inference.target import Target, as_target
+from laminar.inference.warmstart import Gaussians, find_gaussians
+from laminar.mixtures import Mixture
+from laminar.objectives import forward_kl, reverse_kl
+from laminar.train.fit import fit
+
+Builder = Callable[[int, PRNGKeyArray], Flow]
+
+_TRIAL = 4_000
+_MANY, _NEARLY_ALL = 0.6, 0.95
+_ROUNDS = (1 / 6, 1 / 3, 1 / 2)
+_RATE, _REFINING_RATE = 5e-3, 1e-3
+_MOST_COUPLED = 64
+
+
+def fit_posterior(
+    key: PRNGKeyArray,
+    target: Target | Callable,
+    *args: Any,
+    supports: PyTree = None,
+    example: PyTree = None,
+    dtype: Any = None,
+    flow: str | Builder = "auto",
+    steps: int = 3_000,
+    samples: int = 256,
+    starts: int = 8,
+    modes: int = 4,
+    draws: int = 10_000,
+    time_limit: float | None = None,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> Posterior:
+    """Approximate a posterior by a normalizing flow, and say whether it can be trusted.
+
+        q* = argmin_q KL(q ‖ p),   q a flow over ℝ^D,   then weights p̃ / q on draws of q*
+
+    (Rezende & Mohamed 2015; path gradients of Roeder et al. 2017; smoothed weights of Vehtari et
+    al. 2024).
+
+    Args:
+        key: Random key; the same call gives the same posterior.
+        target: A NumPyro model, a JAX log density with its `example`, or a ready
+            `laminar.inference.Target`.
+        *args: Arguments of the model, or further ones of the log density.
+        supports: See `laminar.inference.as_target`.
+        example: Likewise.
+        dtype: float32 or float64 (which JAX must have been allowed).
+        flow: ``"auto"``, by dimension: stop at a normal law where it suffices, else a neural spline
+            flow (autoregressive up to 64 dimensions, coupling above); ``"normal"``, ``"nsf"``,
+            ``"coupling"``, ``"iaf"``, ``"realnvp"``, ``"planar"`` (Rezende & Mohamed 2015, with 16
+            layers), always trained; or a function ``(dim, key) -> Flow``.
+        steps: Most steps of training for one mode.
+        samples: Draws in each step.
+        starts: Climbs from dispersed starting points.
+        modes: Most flows in a mixture, one for each mode that would be missed otherwise.
+        draws: Draws on which the verdict rests, kept in the posterior.
+        time_limit: Seconds after which no further stage begins.
+        progress: Show progress on standard error; None shows it on a terminal only.
+        **kwargs: Keyword arguments of the model or log density. One that is named like an option
+            here can be given by making the target first.
+
+    Raises:
+        InputError: If the target or an option cannot be used; see `Target.check`.
+        TrainingError: If the log density becomes NaN again and again in training.
+    """
+    begun = time.monotonic()
+    for name, value, least in (
+        ("steps", steps, 6),
+        ("samples", samples, 2),
+        ("starts", starts, 1),
+        ("modes", modes, 1),
+        ("draws", draws, 100),
+    ):
+        check_count(name, value, least)
+    made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
+    check_key, start_key, climb_key, fit_key, draw_key, wide_key = jr.split(key, 6)
+    odd = made.check(check_key)
+    places = find_gaussians(climb_key, made.log_density, made.start(start_key, starts))
+    limit = None if time_limit is None else begun + time_limit
+    fitter = _Fitter(made, flow, steps, samples, limit, progress)
+    approximation = fitter.run(fit_key, places, modes)
+    found = assess(draw_key, approximation, made, draws)
+    gap = find_gap(wide_key, approximation, made, found)
+    lost = missed(climb_key, approximation, made, places, float(found.log_evidence.value))
+    verdict = judge(made, found, gap, places, lost, fitter.notes)
+    return Posterior(
+        target=made,
+        flow=approximation,
+        assessment=found,
+        verdict=verdict,
+        places=places,
+        remarks=odd,
+        seconds=time.monotonic() - begun,
+    )
+
+
+@dataclasses.dataclass
+class _Fitter:
+    """The stages, and what they note on the way."""
+
+    target: Target
+    flow: str | Builder
+    steps: int
+    samples: int
+    limit: float | None
+    progress: bool | None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def run(self, key: PRNGKeyArray, places: Gaussians, modes: int) -> AbstractDistribution:
+        """One flow, or a mixture of one for each mode that would be missed."""
+        parts, evidences = [], []
+        left = np.array([0])
+        while len(left) and len(parts) < modes and not (parts and self._late()):
+            key, fit_key, look_key = jr.split(key, 3)
+            part, found = self._fit_one(fit_key, places.one(int(left[0])))
+            parts.append(part)
+            evidences.append(float(found.log_evidence.value))
+            total = float(np.logaddexp.reduce(evidences))
+            left = missed(look_key, _joined(parts, evidences), self.target, places, total)
+        return self._cast(_joined(parts, evidences))
+
+    def _late(self) -> bool:
+        return self.limit is not None and time.monotonic() > self.limit
+
+    def _fit_one(self, key: PRNGKeyArray, place: Gaussians) -> tuple[Flow, Assessment]:
+        """The flow that begins at one normal law, as far as it has to be trained."""
+        build_key, look_key, last_key, *round_keys = jr.split(key, len(_ROUNDS) + 3)
+        first = self._look(look_key, self._cast(_over(None, place)))
+        if self.flow == "auto" and first.suffices:
+            return first.flow, first.found
+        flow = self._cast(_over(self._inner(build_key, place.means.shape[1]), place))
+        objective = reverse_kl(self.target.log_density, self.samples)
+        trail = []
+        for part, round_key in zip(_ROUNDS, round_keys, strict=True):
+            flow = self._train(round_key, flow, objective, round(self.steps * part), _RATE)
+            trail.append(self._look(look_key, flow))
+            if trail[-1].suffices or self._late():
+                break
+        self._look_for_flight([seen.found for seen in trail])
+        best = trail[-1]
+        if not (best.suffices or self._late()):
+            wide = widen(flow)
+            objective = forward_kl(self.target.log_density, 4 * self.samples, proposal=wide)
+            count = round(self.steps * _ROUNDS[1])
+            flow = self._train(last_key, flow, objective, count, _REFINING_RATE)
+            best = max(best, self._look(look_key, flow), key=lambda seen: seen.rank)
+        return best.flow, best.found
+
+    def _look(self, key: PRNGKeyArray, flow: Flow) -> "_Look":
+        own, wide = jr.split(key)
+        found = assess(own, flow, self.target, _TRIAL)
+        return _Look(flow, found, find_gap(wide, flow, self.target, found))
+
+    def _train(self, key: PRNGKeyArray, flow: Flow, objective, steps: int, rate: float) -> Flow:
+        fitted, _ = fit(
+            key,
+            flow,
+            objective=objective,
+            steps=steps,
+            learning_rate=rate,
+            weight_decay=0.0,
+            patience=None,
+            validation=None,
+            # What whitens stays, so that steps of training are of the posterior's own scale.
+            freeze=_whitening,
+            progress=self.progress,
+        )
+        return fitted
+
+    def _inner(self, key: PRNGKeyArray, dim: int) -> Flow:
+        """The flow in whitened coordinates that was asked for."""
+        if callable(self.flow):
+            made = self.flow(dim, key)
+            if not isinstance(made, Flow):
+                raise InputError(f"flow must make a Flow, not {type(made).__name__}.")
+            if made.shape != (dim,) or made.cond_shape is not None:
+                raise ShapeError(
+                    f"flow makes one over events of shape {made.shape} with conditions "
+                    f"{made.cond_shape}, but the target takes vectors ({dim},) and no condition."
+                )
+            return made
+        kind = self.flow
+        if kind == "auto":
+            kind = "nsf" if dim <= _MOST_COUPLED else "coupling"
+        if kind not in _BUILDERS:
+            raise InputError(
+                f"flow is {kind!r}; choose 'auto', {', '.join(map(repr, _BUILDERS))}, or give a "
+                "function (dim, key) -> Flow."
+            )
+        return _BUILDERS[kind](dim, key)
+
+    def _cast(self, tree: Any) -> Any:
+        """A flow in the target's dtype."""
+        dtype = self.target.dtype
+        return jtu.tree_map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, tree)
+
+    def _look_for_flight(self, trail: list[Assessment]) -> None:
+        """Note a bound that keeps rising while the draws spread: an improper target has no end."""
+        if len(trail) < len(_ROUNDS):
+            return
+        bounds = [float(found.elbo.value) for found in trail]
+        spreads = [float(np.abs(found.z - np.median(found.z, 0)).max()) for found in trail]
+        rising = all(b > a + 0.05 for a, b in itertools.pairwise(bounds))
+        spreading = all(b > 1.3 * a for a, b in itertools.pairwise(spreads))
+        if rising and spreading:
+            self.notes.append(
+                f"The bound was still rising (by {bounds[-1] - bounds[-2]:.2f} nats in the last "
+                "round) while the draws spread ever wider: the target may be improper, or have "
+                "tails far heavier than a flow's."
+            )
+
+
+def _joined(parts: list[Flow], log_masses: list[float]) -> AbstractDistribution:
+    """One flow, or the mixture of several by the mass that each holds."""
+    return parts[0] if len(parts) == 1 else Mixture(parts, jnp.asarray(log_masses))
+
+
+def _whitening(flow: Any) -> Any:
+    return flow.bijection.parts[-1]
+
+
+class _Look(NamedTuple):
+    """A flow on its way, and how good it is."""
+
+    flow: Flow
+    found: Assessment
+    gap: Gap
+
+    @property
+    def suffices(self) -> bool:
+        """Whether more training would change little."""
+        share = self.found.ess / len(self.found.log_q)
+        steady = (self.found.k_hat < GOOD and share > _MANY) or (
+            self.found.k_hat < USABLE and share > _NEARLY_ALL
+        )
+        return steady and not self.gap.significant and self.found.failures == 0
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, float]:
+        """What decides between two flows, the greater the better."""
+        found = self.found
+        return found.failures == 0, found.k_hat < USABLE, not self.gap.significant, found.ess
+
+
+def _over(inner: Flow | None, place: Gaussians) -> Flow:
+    """A flow in coordinates in which a normal law is the standard one."""
+    dim = place.means.shape[1]
+    if place.dense:
+        factor = place.factors[0]
+        diagonal = positive_inverse(jnp.asarray(np.diagonal(factor)))
+        raw = jnp.tril(jnp.asarray(factor), -1) + jnp.diag(diagonal)
+        whiten = eqx.tree_at(
+            lambda t: (t.raw, t.shift), Triangular(dim), (raw, jnp.asarray(place.means[0]))
+        )
+    else:
+        whiten = Affine(jnp.asarray(place.means[0]), jnp.asarray(place.factors[0]))
+    if inner is None:
+        return Flow(Normal(dim), whiten)
+    return Flow(inner.base, Chain([inner._map, whiten]))
+
+
+def _linear_tail(flow: Flow, dim: int) -> Flow:
+    """A flow followed by a trained linear map, which corrects the first normal law."""
+    last = Triangular(dim) if dim <= 400 else Affine(shape=(dim,))
+    return Flow(Frozen(flow._base), Chain([flow._map, last]))
+
+
+def _spline(dim: int, key: PRNGKeyArray) -> Flow:
+    # Affine maps beside the splines: a conditional mean may leave their interval.
+    flow = zoo.nsf(dim, key=key, layers=4, width=64, bins=8, fast="sample", affine=True)
+    return _linear_tail(flow, dim)
+
+
+def _coupling(dim: int, key: PRNGKeyArray) -> Flow:
+    return _linear_tail(zoo.nsf(dim, key=key, layers=6, coupling=True, affine=True), dim)
+
+
+_BUILDERS: dict[str, Builder] = {
+    "normal": lambda dim, key: _linear_tail(Flow(Normal(dim), Chain([Affine(shape=(dim,))])), dim),
+    "nsf": _spline,
+    "coupling": _coupling,
+    "iaf": lambda dim, key: _linear_tail(zoo.iaf(dim, key=key, width=64), dim),
+    "realnvp": lambda dim, key: _linear_tail(zoo.realnvp(dim, key=key, width=64), dim),
+    "planar": lambda dim, key: _linear_tail(zoo.planar(dim, key=key, layers=16), dim),
+}
