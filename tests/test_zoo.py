@@ -80,6 +80,15 @@ def test_nice_mixes_at_random_and_keeps_volume(mixing):
         np.testing.assert_allclose(move @ move.T, np.eye(4), atol=1e-5)
 
 
+@pytest.mark.parametrize("dim", [2, 5])
+def test_random_permutations_never_let_the_same_half_pass_twice(dim):
+    for seed in range(5):
+        orders = np.asarray(zoo._random_orders(dim, 9, jr.key(seed)))
+        assert (np.sort(orders, axis=1) == np.arange(dim)).all()
+        halves = orders < dim // 2
+        assert (halves[1:] != halves[:-1]).any(axis=1).all()
+
+
 @pytest.mark.parametrize("name", ["planar", "radial", "sylvester"])
 def test_flows_without_networks_can_have_either_direction_closed(name):
     x = jr.normal(jr.key(1), (7, 3))

@@ -15,13 +15,14 @@ from typing import Literal, get_args
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+from jax import lax
 
 from laminar._errors import InputError
 from laminar._typing import Array, PRNGKeyArray
 from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
-from laminar.bijections.compose import Chain, Permute, Repeat, random_permutation, repeat
+from laminar.bijections.compose import Chain, Permute, Repeat, repeat
 from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Shift
 from laminar.bijections.linear import LU, Householder
@@ -222,9 +223,10 @@ def nice(
         depth: Residual blocks of a conditioner.
         cond_dim: Length of the condition; 0 for none.
         mixing: What stands between the couplings. ``"order"``: the halves change places, and every
-            other time are drawn anew. ``"permutation"``: a random permutation each time, and
-            ``"orthogonal"``: a random orthogonal matrix, trained from there, as in Rezende &
-            Mohamed (2015). Each layer undoes its mixing, so coordinates keep their places.
+            other time are drawn anew. ``"permutation"``: a random permutation each time, though
+            never one that lets the same half pass. ``"orthogonal"``: a random orthogonal matrix,
+            trained from there. The latter two are those of Rezende & Mohamed (2015). Each layer
+            undoes its mixing, so coordinates keep their places.
         base: Base distribution, by default a standard normal.
     """
     if mixing not in get_args(Mixing):
@@ -382,13 +384,12 @@ def _build(
         return Invert(layer) if fast == "sample" else layer
 
     def coupled_layer(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
-        if mixing == "order":
+        if mixing == "orthogonal":
+            mix_key, net_key = jr.split(net_key)
+            move = _random_rotation(dim, key=mix_key)
+        else:
             # The entry at position i of the order comes to place i; the first half conditions.
             move = Permute(jnp.argsort(order))
-        else:
-            mix_key, net_key = jr.split(net_key)
-            random = _random_rotation if mixing == "orthogonal" else random_permutation
-            move = random(dim, key=mix_key)
         layer = coupling(dim, template, width=width, depth=depth, cond_dim=cond_dim, key=net_key)
         return Chain([move, layer, Invert(move)])
 
@@ -398,7 +399,7 @@ def _build(
         return Chain([layer, LU(dim)]) if linear else layer
 
     order_key, net_key = jr.split(key)
-    orders = _orders(dim, layers, order_key)
+    orders = (_random_orders if mixing == "permutation" else _orders)(dim, layers, order_key)
     return repeat(make, layers, over=(orders, jr.split(net_key, layers)))
 
 
@@ -467,3 +468,18 @@ def _orders(dim: int, layers: int, key: PRNGKeyArray) -> Array:
     pairs = pairs.at[0].set(jnp.arange(dim))
     both = jnp.stack([pairs, dim - 1 - pairs], axis=1).reshape(-1, dim)
     return both[:layers].astype(jnp.int32)
+
+
+def _random_orders(dim: int, layers: int, key: PRNGKeyArray) -> Array:
+    """A random order for each layer, turned around where the half that passes would stay the same.
+
+    In a few dimensions independent orders would often leave some columns where they are.
+    """
+
+    def draw(before: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        order = jr.permutation(key, dim).astype(jnp.int32)
+        half = order < dim // 2
+        order = jnp.where(jnp.array_equal(half, before), dim - 1 - order, order)
+        return order < dim // 2, order
+
+    return lax.scan(draw, jnp.ones((dim,), bool), jr.split(key, layers))[1]
