@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from laminar.report.plots import DATA, FAINT, FLOW, INK, _dress, _finish, _matplotlib
+from laminar.report import canvas
+from laminar.report.canvas import DATA, FAINT, FLOW, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ ORANGE, BLUE, GREEN, GREY = FLOW, DATA, "#009E73", FAINT
 
 def figure(caller: str, rows: int, columns: int, width: float = 4.2, height: float = 3.2):
     """A figure and its panels, an array of (rows, columns)."""
-    made = _matplotlib(caller)(
+    made = canvas.figure_class(caller)(
         figsize=(width * columns, height * rows), dpi=144, layout="constrained"
     )
     return made, made.subplots(rows, columns, squeeze=False)
@@ -24,7 +25,7 @@ def figure(caller: str, rows: int, columns: int, width: float = 4.2, height: flo
 
 def dress(axes: "Axes", head: str, x: str, y: str, *, log_y: bool = False) -> None:
     """A panel with a logarithmic x axis; called last, when its lines are drawn."""
-    _dress(axes, head, x=x, y=y)
+    canvas.dress(axes, head, x=x, y=y)
     axes.set_xscale("log")
     _plain(axes.xaxis, axes.get_xlim())
     if log_y:
@@ -58,7 +59,7 @@ def legend(made, panels) -> None:
 def write(made, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _finish(made, path)
+    canvas.finish(made, path)
 
 
 def _plain(axis, limits) -> None:

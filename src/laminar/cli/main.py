@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from laminar._errors import LaminarError
-from laminar.cli import fitting, looking, using
+from laminar.cli import fitting, looking, posterior, using
 from laminar.cli.common import fail
 
 
@@ -45,7 +45,7 @@ class Group(TyperGroup):
 app = typer.Typer(
     cls=Group,
     name="laminar",
-    help="Normalizing flows with exact densities: fit, score, sample and check tables of numbers.",
+    help="Normalizing flows with exact densities: tables of numbers, and posteriors.",
     epilog="TABLE is a CSV, TSV, Parquet, Arrow, Feather, NPY or NPZ file, or builtin:NAME "
     "(see laminar data).",
     no_args_is_help=True,
@@ -81,6 +81,7 @@ app.command()(fitting.compare)
 app.command()(looking.info)
 app.command()(looking.data)
 app.command()(looking.export)
+app.command()(posterior.posterior)
 
 
 def run() -> None:

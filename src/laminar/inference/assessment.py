@@ -13,10 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 
 from laminar._errors import InputError
+from laminar._params import Frozen
 from laminar._typing import Array, PRNGKeyArray
 from laminar.bijections.elementwise import Affine
 from laminar.density import AbstractDistribution, Estimate
@@ -36,7 +36,6 @@ USABLE_GAP = 0.05
 """Nats of evidence in the tails that an approximation may miss and still be usable."""
 
 _TOLERATED_GAP = 0.01
-_WIDER = 0.8
 _CHUNK = 2_000
 _LEAST_MASS = math.log(0.005)
 _MISSED = 3.0
@@ -164,22 +163,30 @@ def assess(
     return Assessment(*(np.concatenate(part)[:n] for part in zip(*parts, strict=True)))
 
 
-def widen(approximation: AbstractDistribution) -> AbstractDistribution:
-    """The even mixture of an approximation and of the same with its latent draws spread wider.
+def widen(
+    approximation: AbstractDistribution, share: float = 0.5, spread: float = 0.8
+) -> AbstractDistribution:
+    """A mixture of an approximation and of the same with its latent draws spread wider.
 
-    Its draws reach into the tails that the approximation's own draws hardly see.
+    Its draws reach into the tails that the approximation's own draws hardly see. As a proposal it
+    bounds the weights there (a defensive mixture, Owen & Zhou 2000).
+
+    Args:
+        approximation: A flow, or a mixture of flows.
+        share: The weight of the wider part.
+        spread: Its latent draws are 1 + spread / √D times as far out.
     """
     if isinstance(approximation, Mixture):
-        return Mixture([widen(part) for part in approximation.parts()], approximation.logits)
+        parts = [widen(part, share, spread) for part in approximation.parts()]
+        return Mixture(parts, approximation.logits)
     if not isinstance(approximation, Flow):
         raise TypeError(f"cannot widen {approximation.name}")
     base = approximation.base
     dim = approximation.shape[0]
-    spread = Affine(0.0, 1 + _WIDER / math.sqrt(dim), shape=(dim,))
-    spread = jtu.tree_map(
-        lambda x: x.astype(approximation.dtype) if eqx.is_inexact_array(x) else x, spread
-    )
-    return Flow(Mixture([base, Flow(base, spread)]), approximation.bijection)
+    scale = jnp.asarray(1 + spread / math.sqrt(dim), approximation.dtype)
+    wide = Flow(base, Affine(jnp.zeros((), scale.dtype), scale, shape=(dim,)))
+    logits = jnp.log(jnp.asarray([1 - share, share], scale.dtype))
+    return Flow(Frozen(Mixture([base, wide], logits)), approximation.bijection)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ Builder = Callable[[int, PRNGKeyArray], Flow]
 
 _TRIAL = 4_000
 _MANY, _NEARLY_ALL = 0.6, 0.95
+_DEFENCE = (0.15, 1.5)
 _ROUNDS = (1 / 6, 1 / 3, 1 / 2)
 _RATE, _REFINING_RATE = 5e-3, 1e-3
 _MOST_COUPLED = 64
@@ -179,19 +180,26 @@ class _Fitter:
         for part, round_key in zip(_ROUNDS, round_keys, strict=True):
             flow = self._train(round_key, flow, objective, round(self.steps * part), _RATE)
             trail.append(self._look(look_key, flow))
-            if trail[-1].suffices or self._late():
+            if trail[-1].suffices or trail[-1].close or self._late():
                 break
         self._look_for_flight([seen.found for seen in trail])
         best = trail[-1]
         if not (best.suffices or self._late()):
-            wide = widen(flow)
-            objective = forward_kl(self.target.log_density, 4 * self.samples, proposal=wide)
-            count = round(self.steps * _ROUNDS[1])
-            flow = self._train(last_key, flow, objective, count, _REFINING_RATE)
-            best = max(best, self._look(look_key, flow), key=lambda seen: seen.rank)
+            best = max(self._remedies(last_key, look_key, best), key=lambda seen: seen.rank)
         return best.flow, best.found
 
-    def _look(self, key: PRNGKeyArray, flow: Flow) -> "_Look":
+    def _remedies(self, key: PRNGKeyArray, look_key: PRNGKeyArray, best: "_Look"):
+        """What helps against weights with a heavy tail, from the cheapest to the dearest."""
+        yield best
+        wide = self._look(look_key, widen(best.flow, *_DEFENCE))
+        yield wide
+        if not (wide.suffices or self._late()):
+            objective = forward_kl(self.target.log_density, 4 * self.samples)
+            count = round(self.steps * _ROUNDS[1])
+            flow = self._train(key, wide.flow, objective, count, _REFINING_RATE)
+            yield self._look(look_key, flow)
+
+    def _look(self, key: PRNGKeyArray, flow: Any) -> "_Look":
         own, wide = jr.split(key)
         found = assess(own, flow, self.target, _TRIAL)
         return _Look(flow, found, find_gap(wide, flow, self.target, found))
@@ -267,24 +275,33 @@ def _whitening(flow: Any) -> Any:
 class _Look(NamedTuple):
     """A flow on its way, and how good it is."""
 
-    flow: Flow
+    flow: Any
     found: Assessment
     gap: Gap
 
     @property
-    def suffices(self) -> bool:
-        """Whether more training would change little."""
-        share = self.found.ess / len(self.found.log_q)
-        steady = (self.found.k_hat < GOOD and share > _MANY) or (
-            self.found.k_hat < USABLE and share > _NEARLY_ALL
-        )
-        return steady and not self.gap.significant and self.found.failures == 0
+    def share(self) -> float:
+        """The effective part of the draws."""
+        return self.found.ess / len(self.found.log_q)
 
     @property
-    def rank(self) -> tuple[bool, bool, bool, float]:
+    def close(self) -> bool:
+        """Whether q is as close as training makes it, and only the tail may be wrong."""
+        return self.share > _NEARLY_ALL and self.found.failures == 0
+
+    @property
+    def suffices(self) -> bool:
+        """Whether nothing needs to be mended."""
+        found = self.found
+        steady = found.k_hat < GOOD and self.share > _MANY
+        return steady and not self.gap.significant and found.failures == 0
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, bool, float]:
         """What decides between two flows, the greater the better."""
         found = self.found
-        return found.failures == 0, found.k_hat < USABLE, not self.gap.significant, found.ess
+        tail = found.k_hat < USABLE, found.k_hat < GOOD
+        return found.failures == 0, *tail, not self.gap.significant, found.ess
 
 
 def _over(inner: Flow | None, place: Gaussians) -> Flow:

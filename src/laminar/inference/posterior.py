@@ -94,7 +94,11 @@ class Posterior:
         Raises:
             InputError: If no draw has any weight.
         """
-        return self.target.constrain(jnp.asarray(self.assessment.z[self._chosen(key, n)]))
+        return self.target.constrain(self.unconstrained(key, n))
+
+    def unconstrained(self, key: PRNGKeyArray, n: int) -> Array:
+        """What `resample` gives, as unconstrained vectors ``(n, D)``."""
+        return jnp.asarray(self.assessment.z[self._chosen(key, n)])
 
     def _chosen(self, key: PRNGKeyArray, n: int) -> np.ndarray:
         weights = self.assessment.weights
@@ -194,14 +198,17 @@ class Posterior:
             for row in self.summary()
         ]
         head = f"{'':<20} " + " ".join(f"{c:>10}" for c in _COLUMNS)
+        return "\n".join([head, *table, "", self.figures(), str(self.verdict), *self.remarks])
+
+    def figures(self) -> str:
+        """Evidence, bound, k̂, effective draws and seconds in one line."""
         evidence, elbo = self.log_evidence, self.elbo
-        figures = (
+        return (
             f"log evidence {float(evidence.value):.3f} ± {float(evidence.error):.3f}   "
             f"ELBO {float(elbo.value):.3f} ± {float(elbo.error):.3f}   "
             f"k̂ {self.k_hat:.2f}   effective draws {self.ess:,.0f} of {len(self.weights):,}   "
             f"{self.seconds:.1f} s"
         )
-        return "\n".join([head, *table, "", figures, str(self.verdict), *self.remarks])
 
     def predictive(self, key: PRNGKeyArray, n: int = 1_000, *args: Any, **kwargs: Any) -> dict:
         """Draws of the model's observed sites (and deterministic ones) under the posterior.

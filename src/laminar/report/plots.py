@@ -1,20 +1,16 @@
 """Pictures of flows: the path from base to data, marginals and pairs, and training curves.
 
-Matplotlib is imported inside the functions and drawn on with the Agg backend through its object
-interface: no window is opened and no global setting is touched. Blue is always the data, orange
-always the flow: two colours of Okabe and Ito's palette, told apart by every kind of colour vision.
-Where points are followed, their colours run from dark blue to light orange, ordered in grey too.
+Blue is always the data, orange always the flow (see `laminar.report.canvas`). Where points are followed, their colours run from dark blue to light orange, ordered in grey too.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.random as jr
 import numpy as np
 
-from laminar._errors import InputError, MissingExtraError, ShapeError
-from laminar._files import PathLike, atomic_write
+from laminar._errors import InputError, ShapeError
+from laminar._files import PathLike
 from laminar._params import Frozen
 from laminar._typing import ArrayLike, PRNGKeyArray
 from laminar.bijections.base import Identity
@@ -22,23 +18,18 @@ from laminar.bijections.compose import Chain
 from laminar.bijections.path import step_names
 from laminar.flow import Flow
 from laminar.mixtures import Mixture
+from laminar.report.canvas import DATA, DPI, FLOW, INK, dress, figure_class, finish
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from laminar.density import AbstractDistribution
     from laminar.tables.flow import TableFlow
     from laminar.tables.table import Table
 
-DATA = "#0072B2"
-FLOW = "#D55E00"
-INK = "#222222"
-FAINT = "#8A8A8A"
 SHADE = "Greys"
 HUES = "plasma"
 
-_DPI = 144
 _TRIM = 0.005  # share of the data left outside the window on each side
 
 
@@ -86,7 +77,7 @@ def plot_path(
         InputError: If the data have fewer than two columns or rows, or the columns do not exist.
         ShapeError: If data and flow do not fit, or steps of the flow are not vectors of D entries.
     """
-    figure_class = _matplotlib("plot_path")
+    made = figure_class("plot_path")
     row_key, sample_key, path_key = jr.split(key, 3)
     subject = _subject(model, data, names, condition)
     flow, rows, labels = subject.flow, subject.rows, subject.names
@@ -97,7 +88,7 @@ def plot_path(
     points = _path(followed, path_key, len(shown), subject.condition)
     picked = _spread(len(points), frames)
 
-    figure = figure_class(figsize=(2.3 * max(len(picked), 4), 6.6), dpi=_DPI, layout="constrained")
+    figure = made(figsize=(2.3 * max(len(picked), 4), 6.6), dpi=DPI, layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.32, 1))
     left, right = upper.subplots(1, 2, sharex=True, sharey=True)
     own, drawn = (subject.restore(values, (i, j)) for values in (shown, samples))
@@ -107,7 +98,7 @@ def plot_path(
         (right, drawn, FLOW, f"samples ({len(drawn):,})"),
     ):
         axes.scatter(*values.T, color=colour, **_dots(len(values)))
-        _dress(axes, head, window, labels[i], labels[j])
+        dress(axes, head, window, labels[i], labels[j])
     right.set_ylabel("")
     hue = _ranks(points[0][:, i])
     panels = np.atleast_1d(lower.subplots(1, len(picked)))
@@ -117,13 +108,13 @@ def plot_path(
         if rows.shape[1] == 2:
             _shade(axes, followed.upto(k), window, subject.condition, flip=(i, j) == (1, 0))
         axes.scatter(*at.T, c=hue, cmap=HUES, vmin=0, vmax=1.2, **_dots(len(at), small=True))
-        _dress(axes, _frame_title(k, len(points) - 1), window)
+        dress(axes, _frame_title(k, len(points) - 1), window)
     part = "" if share is None else f" (a part of weight {share:.2f} in the mixture)"
     head = f"the path from base to data{part}; a point keeps its colour"
     lower.suptitle(head, fontsize=10, color=INK)
     if title:
         figure.suptitle(title, fontsize=12, color=INK)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def plot_pairs(
@@ -156,7 +147,7 @@ def plot_pairs(
         ShapeError: If data and samples differ in their columns.
         InputError: If the columns asked for do not exist or are more than eight.
     """
-    figure_class = _matplotlib("plot_pairs")
+    made = figure_class("plot_pairs")
     a, b = _table(data), _table(samples)
     if a.shape[1] != b.shape[1]:
         raise ShapeError(f"plot_pairs: data of shape {a.shape} against samples of {b.shape}.")
@@ -168,7 +159,7 @@ def plot_pairs(
         )
     labels = _names(names, a.shape[1])
     size = len(picked)
-    figure = figure_class(figsize=(1.2 + 1.75 * size,) * 2, dpi=_DPI, layout="constrained")
+    figure = made(figsize=(1.2 + 1.75 * size,) * 2, dpi=DPI, layout="constrained")
     grid = figure.subplots(size, size, squeeze=False)
     count = min(count, len(a), len(b))
     a_shown, b_shown = a[:: max(1, len(a) // count)][:count], b[:: max(1, len(b) // count)][:count]
@@ -176,7 +167,7 @@ def plot_pairs(
     for r, row in enumerate(picked):
         for c, column in enumerate(picked):
             axes = grid[r, c]
-            _dress(axes)
+            dress(axes)
             axes.set_xlim(ranges[column])
             if c == r:
                 _histograms(axes, a[:, column], b[:, column], ranges[column], bins)
@@ -189,7 +180,7 @@ def plot_pairs(
             axes.set_xlabel(labels[column] if r == size - 1 else "", fontsize=8, color=INK)
             axes.tick_params(labelbottom=r == size - 1, labelleft=c == 0)
     _legend(figure, grid[0, 0], size)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def plot_history(
@@ -208,13 +199,13 @@ def plot_history(
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    figure_class = _matplotlib("plot_history")
+    made = figure_class("plot_history")
     loss = np.asarray(history.loss, np.float64)
     if not len(loss):
         raise InputError("plot_history: no step was taken, so there is nothing to draw.")
-    figure = figure_class(figsize=(7.2, 4.0), dpi=_DPI, layout="constrained")
+    figure = made(figsize=(7.2, 4.0), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    _dress(axes, title or "", x="step", y="loss (nats per row)")
+    dress(axes, title or "", x="step", y="loss (nats per row)")
     steps = np.arange(1, len(loss) + 1)
     width = max(1, len(loss) // 100)
     centres, means = _running_mean(steps, loss, width)
@@ -239,7 +230,7 @@ def plot_history(
     axes.set_xlim(0, len(loss))
     axes.set_ylim(_curve_limits(np.concatenate(seen)))
     axes.legend(frameon=False, fontsize=9, loc="upper right")
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _running_mean(steps: np.ndarray, loss: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -260,15 +251,6 @@ def _curve_limits(values: np.ndarray) -> tuple[float, float]:
     low, high = float(values.min()), float(np.quantile(values, 0.98))
     margin = 0.12 * (high - low) or 0.5
     return low - margin, high + margin
-
-
-def _matplotlib(caller: str) -> Any:
-    """The `Figure` class, which draws with Agg when no window asks otherwise."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot", caller) from error
-    return Figure
 
 
 class _Subject(NamedTuple):
@@ -479,41 +461,3 @@ def _legend(figure, axes, size) -> None:
     figure.legend(
         handles, [data, samples], frameon=False, fontsize=10, loc="outside upper center", ncols=2
     )
-
-
-def _dress(
-    axes: "Axes",
-    head: str = "",
-    window: tuple[tuple[float, float], ...] | None = None,
-    x: str = "",
-    y: str = "",
-) -> None:
-    """Quiet axes: two thin spines, few ticks, small labels."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-    axes.locator_params(nbins=4)
-    axes.tick_params(labelsize=7, color=FAINT, labelcolor=INK, length=2.5)
-    axes.set_title(head, fontsize=10, color=INK)
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
-    if window is not None:
-        axes.set_xlim(window[0])
-        axes.set_ylim(window[1])
-
-
-def _finish(figure: Any, path: PathLike | None) -> Any:
-    """Write the figure whole or not at all, if it is to be written."""
-    if path is not None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from PIL import Image
-
-        FigureCanvasAgg(figure)
-        drawn, picture = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=_DPI, facecolor="white")
-        # A palette of 256 colours looks the same and takes less than half the space.
-        palette = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
-        palette.save(picture, "PNG", optimize=True)
-        atomic_write(path, picture.getvalue())
-    return figure

@@ -18,7 +18,7 @@ Rezende & Mohamed (2015), "Variational Inference with Normalizing Flows".
 
 import functools
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,20 +31,20 @@ from laminar import zoo
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, ArrayLike, Callable, PRNGKeyArray, Shape
+from laminar.bijections.amortized import amortized
 from laminar.bijections.base import AbstractTransform, Identity
 from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Sigmoid
 from laminar.density import AbstractDistribution, apply_net
 from laminar.distributions import ConditionalNormal, Normal
 from laminar.flow import Flow
-from laminar.nn.mlp import Activation, Dense, activation_gain, matmul, resolve_activation
+from laminar.nn.mlp import Dense, matmul
 from laminar.objectives import Annealing, Batch
 
-Posterior = Literal["diagonal", "nice", "iaf"]
 Observe = Callable[[PRNGKeyArray, Array], Array]
 """What turns the stored rows into observed ones, such as `binarise`."""
 
-LAYERS = {"diagonal": 0, "nice": 10, "iaf": 4}
+LAYERS = {"diagonal": 0, "planar": 10, "radial": 10, "sylvester": 4, "nice": 10, "iaf": 4}
 """The kinds of posterior, with how many layers each has unless told."""
 
 _DRAWS = 20
@@ -294,8 +294,8 @@ class Bernoulli(AbstractDistribution):
 class Trunk(eqx.Module):
     """Deterministic hidden layers h_l = a(W_l h_{l−1} + b_l), batch last.
 
-    a is maxout (Goodfellow et al. 2013), the largest of `window` affine maps for each unit; with a
-    window of one it is an elementwise activation.
+    a is maxout, the largest of `window` affine maps for each unit (Goodfellow et al. 2013); with a
+    window of one it is ReLU.
 
     Args:
         in_dim: Length of the input.
@@ -303,27 +303,17 @@ class Trunk(eqx.Module):
         width: Units in a layer.
         depth: Number of layers.
         window: Affine maps for each unit.
-        activation: A function of `jax.nn` or its name, used when `window` is one.
     """
 
     weights: tuple[Array, ...]
     biases: tuple[Array, ...]
     in_dim: int = eqx.field(static=True)
-    activation: Activation = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
 
     def __init__(
-        self,
-        in_dim: int,
-        *,
-        key: PRNGKeyArray,
-        width: int = 400,
-        depth: int = 2,
-        window: int = 4,
-        activation: str | Activation = jax.nn.relu,
+        self, in_dim: int, *, key: PRNGKeyArray, width: int = 400, depth: int = 2, window: int = 4
     ):
-        self.in_dim, self.activation = in_dim, resolve_activation(activation)
-        gain = activation_gain(self.activation) if window == 1 else _maxout_gain(window)
+        self.in_dim, gain = in_dim, _maxout_gain(window)
         weights, sizes = [], [in_dim] + [width] * depth
         for layer, layer_key in enumerate(jr.split(key, depth)):
             scale = (gain if layer else 1.0) / math.sqrt(sizes[layer])
@@ -336,16 +326,16 @@ class Trunk(eqx.Module):
         for weight, bias in zip(self.weights, self.biases, strict=True):
             maps = matmul(weight, x)
             maps = maps + expand(bias, maps.ndim)
-            if len(maps) == 1:
-                x = self.activation(maps[0])
-            else:
-                x = functools.reduce(jnp.maximum, [maps[i] for i in range(len(maps))])
+            x = functools.reduce(jnp.maximum, [maps[i] for i in range(len(maps))])
+            x = jax.nn.relu(x) if len(maps) == 1 else x
         return x
 
 
 @functools.lru_cache(maxsize=64)
 def _maxout_gain(window: int) -> float:
-    """The factor E[max(z_1, …, z_k)²]^(−1/2) of standard normals."""
+    """The factor E[max(z_1, …, z_k)²]^(−1/2) of standard normals, and √2 for ReLU."""
+    if window == 1:
+        return math.sqrt(2)
     z = np.linspace(-9.0, 9.0, 4097)
     density = np.exp(-0.5 * z**2)
     below = np.cumsum(density) / density.sum()
@@ -413,6 +403,8 @@ class FreeEnergy(eqx.Module):
         self, model: VAE, batch: Batch, key: PRNGKeyArray, *, step: Array | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """The free energy of a batch, and its parts at β = 1."""
+        if not isinstance(model, VAE):
+            raise InputError(f"free_energy trains a VAE, not a {type(model).__name__}.")
         observe_key, draw_key = jr.split(key)
         x, rows = model._check_event(batch.x, model.shape, "x")
         if len(rows) != 1:
@@ -496,7 +488,6 @@ def vae(
     width: int = 400,
     depth: int = 2,
     window: int = 4,
-    activation: str | Activation = jax.nn.relu,
     flow_width: int = 200,
     mean: ArrayLike | None = None,
 ) -> VAE:
@@ -516,8 +507,7 @@ def vae(
             distribution of x that takes a condition of shape ``(latent,)``.
         width: Units of a hidden layer.
         depth: Hidden layers of the inference network, and as many of the decoder.
-        window: Affine maps in the maxout of each unit; with 1, `activation` is used instead.
-        activation: A function of `jax.nn` or its name.
+        window: Affine maps in the maxout of each unit; 1 means ReLU.
         flow_width: Hidden units of the networks inside NICE and IAF, and of flows as prior or
             decoder.
         mean: Mean of the data, ``(dim,)``, at which the decoder then starts.
@@ -531,7 +521,7 @@ def vae(
         if value < 1:
             raise InputError(f"vae: {name} must be at least 1, not {value}.")
     encoder_key, head_key, flow_key, prior_key, decoder_key = jr.split(key, 5)
-    trunk = functools.partial(Trunk, width=width, depth=depth, window=window, activation=activation)
+    trunk = functools.partial(Trunk, width=width, depth=depth, window=window)
     head = Dense(width, 2 * latent, key=head_key)
     bijection = _posterior_flow(posterior, latent, layers, width, flow_width, flow_key)
     base = ConditionalNormal(head, latent, width)
@@ -557,9 +547,13 @@ def _posterior_flow(
     if kind == "diagonal":
         return Identity((latent,))
     count = LAYERS[kind] if layers is None else layers
-    build = {"nice": zoo.nice, "iaf": zoo.iaf}[kind]
-    flow = build(latent, key=key, layers=count, width=width, depth=1, cond_dim=context)
-    return flow._map
+    if count < 1:
+        raise InputError(f"vae: layers must be at least 1, not {count}.")
+    build = getattr(zoo, kind)
+    if kind in ("nice", "iaf"):
+        return build(latent, key=key, layers=count, width=width, depth=1, cond_dim=context)._map
+    flow_key, net_key = jr.split(key)
+    return amortized(build(latent, key=flow_key, layers=count)._map, context, key=net_key)
 
 
 def _make_prior(
