@@ -128,7 +128,7 @@ def cell(case, method: str, arrays, args) -> dict:
     reference, names = _posteriors.reference(arrays, case.name)
     key = jr.fold_in(jr.key(args.seed), sorted(METHODS).index(method))
     jax.clear_caches()
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.process_time()
     given = (case, key, reference, names, args)
     try:
         if method == "laminar":
@@ -141,6 +141,7 @@ def cell(case, method: str, arrays, args) -> dict:
         first = str(error).strip().split("\n")[0]
         found = {"failed": f"{type(error).__name__}: {first[:300]}"}
         found["seconds"] = time.perf_counter() - begun
+    found["cpu_seconds"] = time.process_time() - worked
     return {"posterior": case.name, "method": method, **found}
 
 
@@ -155,7 +156,8 @@ def _line(record: dict) -> str:
     head = f"  {record['method']:<24}"
     if "failed" in record:
         return f"{head}failed after {record['seconds']:.1f} s: {record['failed']}"
-    text = f"{head}{_figures(record)} {record['seconds']:8.1f} s"
+    times = f"{record['seconds']:8.1f} s {record['cpu_seconds']:8.1f} s"
+    text = f"{head}{_figures(record)} {times}"
     if record["method"] == "laminar":
         text += (
             f"   k̂ {record['k_hat']:5.2f}, {record['ess'] / record['draws']:4.0%} effective, "
@@ -170,7 +172,7 @@ def report(records: list[dict]) -> str:
     """The table, and what became of the targets."""
     by_cell = {(r["posterior"], r["method"]): r for r in records}
     names = sorted({r["posterior"] for r in records})
-    lines = ["  method                   |mean|/sd     sd ratio   seconds"]
+    lines = ["  method                  |mean|/sd     sd ratio       wall        cpu"]
     for name in names:
         lines.append(name)
         lines += [_line(by_cell[name, m]) for m in METHODS if (name, m) in by_cell]
