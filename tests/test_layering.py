@@ -13,9 +13,20 @@ SOURCE = ROOT / "src" / "laminar"
 CONFIG = ROOT / "pyproject.toml"
 
 # Optional or slow packages, which only functions may import. The command line's own entry is built
-# with Typer and may load it at once.
-LAZY = {"pyarrow", "matplotlib", "PIL", "sklearn", "rich", "typer", "flatbuffers", "pandas"}
-MAY_IMPORT = {"cli": {"typer"}}
+# with Typer and may load it at once; the bridge to NumPyro subclasses its classes.
+LAZY = {
+    "pyarrow",
+    "matplotlib",
+    "PIL",
+    "sklearn",
+    "rich",
+    "typer",
+    "flatbuffers",
+    "pandas",
+    "numpyro",
+    "arviz",
+}
+MAY_IMPORT = {"cli": {"typer"}, "inference": {"numpyro"}}
 
 
 def lint(source: Path) -> subprocess.CompletedProcess[str]:
