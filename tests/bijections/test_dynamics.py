@@ -21,6 +21,8 @@ from laminar.bijections.dynamics import Hamiltonian, Langevin, Leapfrog
 from laminar.bijections.elementwise import Affine
 from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.objectives import reverse_kl
+from laminar.train.fit import fit
 
 GRID = np.linspace(-12, 12, 4001)
 WIDTH = GRID[1] - GRID[0]
@@ -156,6 +158,20 @@ def test_many_langevin_steps_come_to_the_target():
     assert abs(x.mean()) < 0.04
     assert abs(x.var() - 1 / (1 - 0.3**2 / 4)) < 0.05
     assert flow.path(jnp.zeros((2, 1)), key=jr.key(2)).log_probs.shape == (151, 2)
+
+
+def test_training_the_reverse_density_closes_the_gap():
+    target = Normal((1,), loc=1.0, scale=0.5)
+    steps = repeat(lambda key: Langevin(target._log_prob, 1, step_size=0.4), 2, key=jr.key(0))
+    flow = Flow(Normal((1,)), steps)
+    objective = reverse_kl(target._log_prob, 64)
+    fitted, _ = fit(
+        jr.key(1), flow, None, objective=objective, steps=400, learning_rate=3e-2, validation=None
+    )
+    before, after = (float(objective(f, None, jr.key(2))[1]["elbo"]) for f in (flow, fitted))
+    # ln ∫ p is zero.
+    assert before < -0.5
+    assert -0.05 < after < 0.02
 
 
 def test_leapfrog_conserves_energy_returns_and_scales_volume():
