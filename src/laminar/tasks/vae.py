@@ -18,28 +18,28 @@ Rezende & Mohamed (2015), "Variational Inference with Normalizing Flows".
 
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
 
 from laminar import zoo
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, ArrayLike, Callable, PRNGKeyArray, Shape
-from laminar.bijections.amortized import amortized
+from laminar.bijections.amortized import Amortized, count_parameters
 from laminar.bijections.base import AbstractTransform, Identity
 from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Sigmoid
 from laminar.density import AbstractDistribution, apply_net
 from laminar.distributions import ConditionalNormal, Normal
 from laminar.flow import Flow
-from laminar.nn.mlp import Dense, matmul
+from laminar.nn.mlp import Dense
 from laminar.objectives import Annealing, Batch
+from laminar.tasks.networks import Decoder, Gentle, Maxout
 
 Observe = Callable[[PRNGKeyArray, Array], Array]
 """What turns the stored rows into observed ones, such as `binarise`."""
@@ -291,70 +291,6 @@ class Bernoulli(AbstractDistribution):
         return jnp.moveaxis(jax.nn.sigmoid(self._logits(c)), -1, 0).reshape(batch + self.shape)
 
 
-class Trunk(eqx.Module):
-    """Deterministic hidden layers h_l = a(W_l h_{l−1} + b_l), batch last.
-
-    a is maxout, the largest of `window` affine maps for each unit (Goodfellow et al. 2013); with a
-    window of one it is ReLU.
-
-    Args:
-        in_dim: Length of the input.
-        key: Draws the weights, normal with the variance that keeps units at unit scale.
-        width: Units in a layer.
-        depth: Number of layers.
-        window: Affine maps for each unit.
-    """
-
-    weights: tuple[Array, ...]
-    biases: tuple[Array, ...]
-    in_dim: int = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
-
-    def __init__(
-        self, in_dim: int, *, key: PRNGKeyArray, width: int = 400, depth: int = 2, window: int = 4
-    ):
-        self.in_dim, gain = in_dim, _maxout_gain(window)
-        weights, sizes = [], [in_dim] + [width] * depth
-        for layer, layer_key in enumerate(jr.split(key, depth)):
-            scale = (gain if layer else 1.0) / math.sqrt(sizes[layer])
-            weights.append(scale * jr.normal(layer_key, (window, width, sizes[layer])))
-        self.weights = tuple(weights)
-        self.biases = tuple(jnp.zeros((window, width)) for _ in weights)
-
-    def __call__(self, x: Array) -> Array:
-        """``(in_dim, *batch) -> (width, *batch)``."""
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            maps = matmul(weight, x)
-            maps = maps + expand(bias, maps.ndim)
-            x = functools.reduce(jnp.maximum, [maps[i] for i in range(len(maps))])
-            x = jax.nn.relu(x) if len(maps) == 1 else x
-        return x
-
-
-@functools.lru_cache(maxsize=64)
-def _maxout_gain(window: int) -> float:
-    """The factor E[max(z_1, …, z_k)²]^(−1/2) of standard normals, and √2 for ReLU."""
-    if window == 1:
-        return math.sqrt(2)
-    z = np.linspace(-9.0, 9.0, 4097)
-    density = np.exp(-0.5 * z**2)
-    below = np.cumsum(density) / density.sum()
-    weight = window * below ** (window - 1) * density
-    return float(1 / np.sqrt((weight * z**2).sum() / weight.sum()))
-
-
-class Decoder(eqx.Module):
-    """A trunk and an affine head: from a latent vector to the parameters of p(x | z)."""
-
-    trunk: Trunk
-    head: Dense
-    batch_last: ClassVar[bool] = True
-
-    def __call__(self, z: Array) -> Array:
-        """``(latent, *batch) -> (out, *batch)``."""
-        return self.head(self.trunk(z))
-
-
 def binarise(key: PRNGKeyArray, x: Array) -> Array:
     """Draw every entry as a bit that is one with the probability that the entry is.
 
@@ -521,7 +457,7 @@ def vae(
         if value < 1:
             raise InputError(f"vae: {name} must be at least 1, not {value}.")
     encoder_key, head_key, flow_key, prior_key, decoder_key = jr.split(key, 5)
-    trunk = functools.partial(Trunk, width=width, depth=depth, window=window)
+    trunk = functools.partial(Maxout, width=width, depth=depth, window=window)
     head = Dense(width, 2 * latent, key=head_key)
     bijection = _posterior_flow(posterior, latent, layers, width, flow_width, flow_key)
     base = ConditionalNormal(head, latent, width)
@@ -553,7 +489,9 @@ def _posterior_flow(
     if kind in ("nice", "iaf"):
         return build(latent, key=key, layers=count, width=width, depth=1, cond_dim=context)._map
     flow_key, net_key = jr.split(key)
-    return amortized(build(latent, key=flow_key, layers=count)._map, context, key=net_key)
+    flow = build(latent, key=flow_key, layers=count)._map
+    net = Dense(context, count_parameters(flow), key=net_key, gain=0.0, use_bias=False)
+    return Amortized(flow, Gentle(net), context)
 
 
 def _make_prior(
