@@ -9,10 +9,11 @@ Stages, each of which ends the work where it suffices:
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -120,12 +121,15 @@ def fit_posterior(
         check_count(name, value, least)
     made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
     check_key, start_key, climb_key, fit_key, draw_key, wide_key = jr.split(key, 6)
-    odd = made.check(check_key)
-    places = find_gaussians(climb_key, made.log_density, made.start(start_key, starts))
     limit = None if time_limit is None else begun + time_limit
     fitter = _Fitter(made, flow, steps, samples, limit, progress)
+    if flow != "auto":
+        # Before any work, so that what does not fit is said at once.
+        fitter.build(fit_key, made.dim)
+    odd = made.check(check_key)
+    places = find_gaussians(climb_key, made.log_density, made.start(start_key, starts))
     approximation = fitter.run(fit_key, places, modes)
-    found = assess(draw_key, approximation, made, draws)
+    approximation, found = fitter.defend(draw_key, approximation, draws)
     gap = find_gap(wide_key, approximation, made, found)
     lost = missed(climb_key, approximation, made, places, float(found.log_evidence.value))
     verdict = judge(made, found, gap, places, lost, fitter.notes)
@@ -165,6 +169,18 @@ class _Fitter:
             left = missed(look_key, _joined(parts, evidences), self.target, places, total)
         return self._cast(_joined(parts, evidences))
 
+    def defend(
+        self, key: PRNGKeyArray, approximation: AbstractDistribution, draws: int
+    ) -> tuple[AbstractDistribution, Assessment]:
+        """The draws for the verdict; with a wider part where more draws show a heavier tail."""
+        found = assess(key, approximation, self.target, draws)
+        if found.k_hat < GOOD:
+            return approximation, found
+        wide = widen(approximation, *_DEFENCE)
+        again = assess(key, wide, self.target, draws)
+        better = again.k_hat < GOOD or (again.k_hat < USABLE <= found.k_hat)
+        return (wide, again) if better else (approximation, found)
+
     def _late(self) -> bool:
         return self.limit is not None and time.monotonic() > self.limit
 
@@ -174,7 +190,7 @@ class _Fitter:
         first = self._look(look_key, self._cast(_over(None, place)))
         if self.flow == "auto" and first.suffices:
             return first.flow, first.found
-        flow = self._cast(_over(self._inner(build_key, place.means.shape[1]), place))
+        flow = self._cast(_over(self.build(build_key, place.means.shape[1]), place))
         objective = reverse_kl(self.target.log_density, self.samples)
         trail = []
         for part, round_key in zip(_ROUNDS, round_keys, strict=True):
@@ -201,8 +217,7 @@ class _Fitter:
 
     def _look(self, key: PRNGKeyArray, flow: Any) -> "_Look":
         own, wide = jr.split(key)
-        found = assess(own, flow, self.target, _TRIAL)
-        return _Look(flow, found, find_gap(wide, flow, self.target, found))
+        return _Look(flow, assess(own, flow, self.target, _TRIAL), self.target, wide)
 
     def _train(self, key: PRNGKeyArray, flow: Flow, objective, steps: int, rate: float) -> Flow:
         fitted, _ = fit(
@@ -220,7 +235,7 @@ class _Fitter:
         )
         return fitted
 
-    def _inner(self, key: PRNGKeyArray, dim: int) -> Flow:
+    def build(self, key: PRNGKeyArray, dim: int) -> Flow:
         """The flow in whitened coordinates that was asked for."""
         if callable(self.flow):
             made = self.flow(dim, key)
@@ -272,12 +287,19 @@ def _whitening(flow: Any) -> Any:
     return flow.bijection.parts[-1]
 
 
-class _Look(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _Look:
     """A flow on its way, and how good it is."""
 
     flow: Any
     found: Assessment
-    gap: Gap
+    target: Target
+    key: PRNGKeyArray
+
+    @functools.cached_property
+    def gap(self) -> Gap:
+        """What wider draws find; looked for only where all else is well."""
+        return find_gap(self.key, self.flow, self.target, self.found)
 
     @property
     def share(self) -> float:
@@ -293,8 +315,8 @@ class _Look(NamedTuple):
     def suffices(self) -> bool:
         """Whether nothing needs to be mended."""
         found = self.found
-        steady = found.k_hat < GOOD and self.share > _MANY
-        return steady and not self.gap.significant and found.failures == 0
+        steady = found.k_hat < GOOD and self.share > _MANY and found.failures == 0
+        return steady and not self.gap.significant
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool, float]:
