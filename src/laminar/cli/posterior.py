@@ -154,7 +154,11 @@ def _load(file: Path, name: str) -> Any:
     finally:
         sys.path.pop(0)
     if not hasattr(module, name):
-        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and n[0] != "_"]
+        own = [
+            n
+            for n, v in vars(module).items()
+            if inspect.isfunction(v) and v.__module__ == module.__name__ and n[0] != "_"
+        ]
         listed = f"; it has {', '.join(own[:8])}" if own else ""
         raise InputError(f"{file} has no {name}{listed}.")
     return getattr(module, name)

@@ -187,8 +187,14 @@ def _candidates(log_density: Callable[[Array], Array], points: Array) -> tuple[A
         slope = value_and_grad(z)[1]
         signs = jr.rademacher(jr.key(0), (_PROBES, dim), z.dtype)
 
+        forward = _allows_forward(jax.grad(value), z)
+        step = jnp.cbrt(jnp.finfo(z.dtype).eps).astype(z.dtype)
+
         def product(v):
-            return v * jax.jvp(lambda z: value_and_grad(z)[1], (z,), (v,))[1]
+            if forward:
+                return v * jax.jvp(jax.grad(value), (z,), (v,))[1]
+            ahead, behind = (jax.grad(value)(z + sign * step * v) for sign in (1, -1))
+            return v * (ahead - behind) / (2 * step)
 
         curvature = lax.map(product, signs).mean(0)
         width = _width(jnp.where(jnp.isfinite(curvature), curvature, 0))
@@ -204,10 +210,28 @@ def _shape(value: Callable[[Array], Array], z: Array) -> tuple[Array, Array]:
 
     A saddle is as wide as it is steep, and nothing is flat.
     """
-    hessian = jax.hessian(value)(z)
+    slope = jax.grad(value)
+    if _allows_forward(slope, z):
+        hessian = jax.jacfwd(slope)(z)
+    else:
+        # Central differences: what defines its own reverse mode, as an ODE's adjoint, has no other.
+        step = jnp.cbrt(jnp.finfo(z.dtype).eps).astype(z.dtype) * (1 + jnp.abs(z))
+        away = jnp.diag(step)
+        ahead, behind = jax.vmap(slope)(z[None] + away), jax.vmap(slope)(z[None] - away)
+        hessian = (ahead - behind) / (2 * step[:, None])
     hessian = jnp.where(jnp.isfinite(hessian), hessian, 0)
     curvature, axes = jnp.linalg.eigh(0.5 * (hessian + hessian.T))
     return axes, _width(curvature)
+
+
+def _allows_forward(function: Callable[[Array], Array], z: Array) -> bool:
+    try:
+        jax.eval_shape(jax.jacfwd(function), z)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _newton(axes: Array, width: Array, slope: Array) -> Array:
