@@ -51,6 +51,12 @@ def test_the_report_names_failures_and_what_more_layers_made_worse(figure3):
     assert figure3.report([record(2, 0, error="no")]).startswith("There are no results.")
 
 
+def test_the_limit_of_volume_preserving_maps_is_that_of_sorted_densities(figure3):
+    # The value found from the same sums over a grid of half as many points a side.
+    assert figure3.volume_preserving_limit("U2") == pytest.approx(0.04493, abs=2e-5)
+    assert 0 < figure3.volume_preserving_limit("U1") < 0.02
+
+
 def test_a_normal_density_is_measured_exactly(figure3):
     flow = figure3.FLOWS["base alone"][2](jax.random.key(0), 0)
     energy = figure3.Energy("U2")
