@@ -35,6 +35,8 @@ class Case:
             reference's names.
         from_reference: The other way, or None where single precision has lost it.
         double: Whether single precision cannot hold the model.
+        loops: Whether the density takes a number of steps that depends on the parameters, so that
+            chains side by side wait for the slowest at every step.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Case:
     to_reference: Callable[[Values], np.ndarray]
     from_reference: Callable[[np.ndarray], Values] | None
     double: bool = False
+    loops: bool = False
 
 
 def flat(name: str, *shape: int, support: Any = constraints.real) -> Any:
@@ -307,6 +310,7 @@ def _series(data) -> list[Case]:
             lotka_volterra,
             tuple(np.asarray(hares[key], float) for key in ("ts", "y_init", "y")),
             *_way(**dict.fromkeys(names, 0), z_init=2, sigma=2),
+            loops=True,
         ),
     ]
 

@@ -76,10 +76,13 @@ def laminar_cell(case, key, reference, names, args) -> dict:
     columns = case.to_reference({k: np.asarray(v) for k, v in posterior.draws.items()})
     seconds = time.perf_counter() - begun
     weighted = posterior.weights.sum() > 0
-    raw = compare(columns, reference, names)
+    own = posterior.target.constrain(posterior.own.z)
+    own = case.to_reference({k: np.asarray(v) for k, v in own.items()})
+    raw = compare(own, reference, names)
     return {
         "seconds": seconds,
         "k_hat": posterior.k_hat,
+        "k_hat_own": posterior.own.k_hat,
         "ess": posterior.ess,
         "draws": len(posterior.weights),
         "verdict": posterior.verdict.grade,
@@ -105,12 +108,15 @@ def guide_cell(case, key, reference, names, args, guide_class) -> dict:
 
 def nuts_cell(case, key, reference, names, args) -> dict:
     begun = time.perf_counter()
+    chains = args.chains
+    if chains == "auto":
+        chains = "sequential" if case.loops else "vectorized"
     mcmc = MCMC(
         NUTS(case.model),
         num_warmup=args.warmup,
         num_samples=args.samples,
         num_chains=CHAINS,
-        chain_method=args.chains,
+        chain_method=chains,
         progress_bar=False,
     )
     mcmc.run(key, *case.args, extra_fields=("diverging",))
@@ -238,7 +244,12 @@ def options():
     parser.add_argument("--svi-rate", type=float, default=0.01, help="of Adam, to 0 by a cosine")
     parser.add_argument("--warmup", type=int, default=1000, help="of a chain of NUTS, %(default)s")
     parser.add_argument("--samples", type=int, default=1000, help="of a chain, %(default)s")
-    parser.add_argument("--chains", choices=("vectorized", "sequential"), default="vectorized")
+    parser.add_argument(
+        "--chains",
+        choices=("auto", "vectorized", "sequential"),
+        default="auto",
+        help="of NUTS; auto: vectorized, but one after the other for a differential equation",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verify", action="store_true", help="check the densities, and stop")
     parser.add_argument("--report", action="store_true", help="print what is in --out, and stop")
@@ -259,6 +270,9 @@ def main():
     chosen = args.posteriors.split(",") if args.posteriors else list(made)
     if unknown := [name for name in chosen if name not in made]:
         raise SystemExit(f"Unknown posteriors {', '.join(unknown)}; there are {', '.join(made)}.")
+    if args.precision == 32:
+        for case in (made[name] for name in chosen if made[name].double):
+            print(f"{case.name} cannot be held in 32 bits; expect failures.")
     if args.verify:
         verify(made, arrays, chosen)
         return
@@ -293,8 +307,8 @@ def main():
     print(
         f"\nlaminar {laminar.__version__}, jax {jax.__version__}, numpyro {numpyro.__version__}, "
         f"{jax.devices()[0].platform}, {args.precision} bits; guides: {args.svi_steps} steps of "
-        f"{args.svi_particles} draws, Adam from {args.svi_rate}; NUTS: {CHAINS} {args.chains} "
-        f"chains of {args.warmup} + {args.samples}."
+        f"{args.svi_particles} draws, Adam from {args.svi_rate}; NUTS: {CHAINS} "
+        f"chains ({args.chains}) of {args.warmup} + {args.samples}."
     )
     print(report(records))
     if left:
