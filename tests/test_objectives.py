@@ -239,3 +239,14 @@ def test_annealing_weighs_the_target_by_the_step():
     )
     with pytest.raises(InputError, match="starts at 0"):
         linear_annealing(0.0)
+
+
+def test_importance_weighting_leaves_out_what_falls_outside_the_support():
+    def boxed(x):
+        return jnp.where((jnp.abs(x) < 1).all(), 0.0, -jnp.inf)
+
+    flow = Normal((2,), 0.0, 1.0)
+    for path in (True, False):
+        objective = importance_weighted(boxed, 16, 16, path_gradient=path)
+        assert np.isfinite(float(objective(flow, None, jr.key(0))[0]))
+        assert np.isfinite(gradient(objective, flow, jr.key(0))).all()

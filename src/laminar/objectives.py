@@ -108,6 +108,9 @@ def reverse_kl(
         anneal: The inverse temperature β as a function of the step, such as `linear_annealing()`;
             validation always has β = 1.
 
+    The weights of a mixture do not learn from draws, of which each belongs to one component; train
+    components apart and weigh them by their evidence, as `laminar.inference` does.
+
     Returns:
         An objective; it ignores its batch, so `fit` takes None for data. Its ``aux`` holds
         ``{"elbo": E_q[ln p − ln q]}``.
@@ -185,7 +188,8 @@ class ImportanceWeighted(eqx.Module):
         bound = (jax.nn.logsumexp(log_w, axis=0) - math.log(self.particles)).mean()
         if _by_path(flow, self.path_gradient):
             share = lax.stop_gradient(jax.nn.softmax(log_w, axis=0))
-            signal = (share**2 * log_w).sum(0).mean()
+            # A particle outside the support has no share, and its logarithm no place in a sum.
+            signal = (share**2 * jnp.where(share > 0, log_w, 0)).sum(0).mean()
             # The value of the bound with the gradient of the signal.
             bound = lax.stop_gradient(bound - signal) + signal
         return -bound, {"bound": bound}

@@ -126,7 +126,7 @@ def test_a_lost_mode_is_never_called_good(mixed):
     evidence = float(found.log_evidence.value)
     lost = missed(jr.key(1), one, mixed.target, mixed.places, evidence)
     assert len(lost) == 1
-    verdict = judge(mixed.target, found, Gap(0.0, 0.0), mixed.places, lost)
+    verdict = judge(mixed.target, found, found, Gap(0.0, 0.0), mixed.places, lost)
     assert verdict.grade == "do not trust"
     assert "misses" in str(verdict)
     assert len(missed(jr.key(1), mixed.flow, mixed.target, mixed.places, 0.0)) == 0
@@ -139,13 +139,37 @@ def test_too_narrow_an_approximation_is_never_called_good():
         flow = Flow(Normal((4,)), Affine(jnp.zeros(4), jnp.full(4, scale)))
         found = assess(jr.key(0), flow, target, 4_000)
         gap = find_gap(jr.key(1), flow, target, found)
-        assert judge(target, found, gap, places, np.array([], int)).grade == grade
+        assert judge(target, found, found, gap, places, np.array([], int)).grade == grade
         assert gap.value > 0.1 if scale < 1 else not gap.significant
     # Two fifths too narrow, which the weights of its own draws do not tell as clearly.
-    found = Assessment(np.zeros((100, 4)), np.zeros(100), np.zeros(100))
-    assert judge(target, found, Gap(0.2, 0.01), places, []).grade == "do not trust"
-    assert judge(target, found, Gap(0.03, 0.001), places, []).grade == "usable after reweighting"
-    assert judge(target, found, Gap(0.0, 0.0), places, [], ["It fled."]).grade == "do not trust"
+    found = Assessment(np.zeros((1_000, 4)), np.zeros(1_000), np.zeros(1_000))
+    assert judge(target, found, found, Gap(0.2, 0.01), places, []).grade == "do not trust"
+    assert (
+        judge(target, found, found, Gap(0.03, 0.001), places, []).grade
+        == "usable after reweighting"
+    )
+    assert (
+        judge(target, found, found, Gap(0.0, 0.0), places, [], ["It fled."]).grade == "do not trust"
+    )
+
+
+def test_a_wider_proposal_makes_an_approximation_usable_not_good():
+    target = as_target(square, example=2)
+    places = Gaussians(np.zeros((1, 2)), np.eye(2)[None], np.zeros(1))
+    narrow = Flow(Normal((2,)), Affine(jnp.zeros(2), jnp.full(2, 0.6)))
+    own = assess(jr.key(0), narrow, target, 4_000)
+    assert own.k_hat >= 0.5
+    fitter = _Fitter(target, "auto", 6, 2, None, False)
+    proposal, found = fitter.defend(jr.key(1), narrow, own)
+    assert proposal is not narrow
+    assert found.k_hat < 0.5
+    assert float(found.log_evidence.value) == pytest.approx(np.log(2 * np.pi), abs=0.05)
+    verdict = judge(target, own, found, Gap(0.0, 0.0), places, [])
+    assert verdict.grade == "usable after reweighting"
+    assert "mixed with wider ones" in str(verdict)
+    exact = Flow(Normal((2,)), Affine(jnp.zeros(2), jnp.ones(2)))
+    own = assess(jr.key(0), exact, target, 4_000)
+    assert fitter.defend(jr.key(1), exact, own) == (exact, own)
 
 
 def test_weights_of_draws_that_fail_or_fall_outside():
@@ -159,13 +183,13 @@ def test_weights_of_draws_that_fail_or_fall_outside():
     assert float(found.log_evidence.value) == pytest.approx(np.log(0.899))
     target = as_target(square, example=1)
     places = Gaussians(np.zeros((1, 1)), np.eye(1)[None], np.zeros(1))
-    verdict = judge(target, found, Gap(0.0, 0.0), places, [])
+    verdict = judge(target, found, found, Gap(0.0, 0.0), places, [])
     assert verdict.grade == "do not trust"
     assert "NaN or +∞ at 1 of 1,000" in str(verdict)
     nothing = Assessment(np.zeros((50, 1)), np.zeros(50), np.full(50, -np.inf))
     assert nothing.k_hat == np.inf
     assert nothing.ess == 0
-    assert judge(target, nothing, Gap(0.0, 0.0), places, []).grade == "do not trust"
+    assert judge(target, nothing, nothing, Gap(0.0, 0.0), places, []).grade == "do not trust"
 
 
 def test_widening_keeps_a_density_and_reaches_farther():
@@ -199,7 +223,7 @@ def test_climbs_end_at_laplace_approximations():
     assert len(found.means) == 1
     np.testing.assert_allclose(found.means[0], [1.0, -2.0, 0.5], atol=1e-3)
     np.testing.assert_allclose(found.factors[0] @ found.factors[0].T, covariance, atol=1e-2)
-    assert found.elbos[0] == pytest.approx(0, abs=0.3)  # of 64 draws
+    assert found.elbos[0] == pytest.approx(0, abs=1.0)  # of 64 draws
     assert found.draw(np.zeros((5, 3))).shape == (1, 5, 3)
 
 
@@ -273,3 +297,58 @@ def test_every_named_flow_finds_a_banana(flow):
         assert found.verdict.grade != "do not trust"
     with jax.numpy_dtype_promotion("standard"):
         assert np.isfinite(np.asarray(found.draws)).all()
+
+
+def test_many_dimensions_hide_no_mode():
+    """Eight standard deviations stay eight, however many dimensions there are beside."""
+
+    def two(x):
+        ahead = x.at[0].add(-4.0)
+        behind = x.at[0].add(4.0)
+        return jnp.logaddexp(-0.5 * (ahead**2).sum(), -0.5 * (behind**2).sum())
+
+    target = as_target(two, example=12)
+    places = find_gaussians(jr.key(0), target.log_density, target.start(jr.key(1), 8))
+    assert len(places.means) == 2
+    one = Flow(Normal((12,)), Affine(jnp.zeros(12).at[0].set(4.0), jnp.ones(12)))
+    found = assess(jr.key(2), one, target, 2_000)
+    evidence = float(found.log_evidence.value)
+    assert len(missed(jr.key(3), one, target, places, evidence)) == 1
+
+
+def test_a_skewed_mode_that_its_normal_law_fits_badly_is_missed_too():
+    """Its bound is many nats too low, but importance sampling from the law finds the mass."""
+
+    def two(x):
+        gamma = (x - 0.0 - jnp.exp(x)).sum()
+        away = -0.5 * ((x - 10) ** 2).sum() - 0.5 * 20 * jnp.log(2 * jnp.pi)
+        return jnp.logaddexp(gamma, away)
+
+    target = as_target(two, example=20)
+    starts = jnp.concatenate([jnp.full((2, 20), 10.5), jnp.full((2, 20), 0.3)])
+    places = find_gaussians(jr.key(0), target.log_density, starts)
+    one = Flow(Normal((20,)), Affine(jnp.full(20, 10.0), jnp.ones(20)))
+    evidence = float(assess(jr.key(2), one, target, 2_000).log_evidence.value)
+    assert places.elbos.min() < evidence - 1
+    assert len(missed(jr.key(3), one, target, places, evidence)) == 1
+
+
+def test_a_proposal_that_wastes_its_draws_is_not_called_good():
+    target = as_target(square, example=1)
+    places = Gaussians(np.zeros((1, 1)), np.ones((1, 1, 1)), np.zeros(1))
+    for scale, grade in ((3.0, "usable after reweighting"), (60.0, "do not trust")):
+        wide = Flow(Normal((1,)), Affine(jnp.zeros(1), jnp.full(1, scale)))
+        found = assess(jr.key(0), wide, target, 4_000)
+        assert found.k_hat < 0.5
+        assert judge(target, found, found, Gap(0.0, 0.0), places, []).grade == grade
+
+
+def test_wider_draws_that_fail_are_told():
+    target = as_target(square, example=1)
+    places = Gaussians(np.zeros((1, 1)), np.ones((1, 1, 1)), np.zeros(1))
+    fine = assess(jr.key(0), Flow(Normal((1,)), Affine(shape=(1,))), target, 1_000)
+    verdict = judge(target, fine, fine, Gap(0.0, 0.0, 3), places, [])
+    assert verdict.grade == "do not trust"
+    assert "3 of 1,000 wider draws" in str(verdict)
+    assert Gap(float("nan"), 0.1).significant
+    assert Gap(0.5, float("nan")).significant

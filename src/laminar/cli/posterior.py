@@ -1,10 +1,12 @@
 """The command posterior: a model of the user's own file, fitted, judged and drawn."""
 
+import contextlib
 import importlib.util
 import inspect
 import json
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,6 @@ from laminar.cli.common import (
     Precision,
     PrecisionOption,
     SeedOption,
-    TimeOption,
     at_least,
     check_seed,
     emit_json,
@@ -27,7 +28,7 @@ from laminar.cli.common import (
     say,
 )
 
-_COLUMNS = ("mean", "sd", "5%", "50%", "95%")
+_PICTURES = 1  # sets the keys of pictures apart from those of the fit
 
 
 def posterior(
@@ -49,12 +50,16 @@ def posterior(
     ] = None,
     flow: Annotated[
         str,
-        typer.Option("--flow", help="auto, normal, nsf, coupling, iaf, realnvp or planar."),
+        typer.Option(
+            "--flow", help="auto, normal, nsf, coupling, iaf, realnvp, planar, radial or sylvester."
+        ),
     ] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Most steps of training.")] = 3_000,
     draws: Annotated[int, typer.Option("--draws", help="Draws for the verdict.")] = 10_000,
     starts: Annotated[int, typer.Option("--starts", help="Climbs from dispersed points.")] = 8,
-    time_limit: TimeOption = None,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", help="Seconds after which no stage begins.")
+    ] = None,
     seed: SeedOption = 0,
     precision: PrecisionOption = "float32",
     as_json: JsonOption = False,
@@ -73,7 +78,9 @@ def posterior(
     arguments = {} if data is None else _read_arguments(data)
     if out is not None:
         _check_folder(out)
-    with jax_session(precision, no_cache):
+    from laminar.inference.posterior import COLUMNS
+
+    with jax_session(precision, no_cache), _importable(file.resolve().parent):
         found = _fit(
             _load(file, name),
             name,
@@ -92,8 +99,8 @@ def posterior(
     if as_json:
         emit_json({"model": model, **found.to_dict(), "files": written})
         return
-    rows = [(row["name"], *(f"{row[c]:.4g}" for c in _COLUMNS)) for row in found.summary()]
-    print_table(model, ("", *_COLUMNS), rows)
+    rows = [(row["name"], *(f"{row[c]:.4g}" for c in COLUMNS)) for row in found.summary()]
+    print_table(model, ("", *COLUMNS), rows)
     for line in found.figures(), str(found.verdict), *found.remarks:
         print(line)
     if written:
@@ -137,22 +144,30 @@ def _read_arguments(data: str) -> dict[str, Any]:
     return {name: convert(name, value) for name, value in found.items()}
 
 
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let a file import its neighbours, as a script can, also while its functions run."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
 def _load(file: Path, name: str) -> Any:
     """The object of this name in the user's file, which is run."""
     spec = importlib.util.spec_from_file_location(f"_laminar_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is no Python file.")
     module = importlib.util.module_from_spec(spec)
-    # So that it can import its neighbours, as a script can.
-    sys.path.insert(0, str(file.resolve().parent))
+    sys.modules[spec.name] = module  # where dataclasses and annotations look things up
     try:
         spec.loader.exec_module(module)
     except LaminarError:
         raise
     except Exception as error:
         raise InputError(_where(file, error)) from error
-    finally:
-        sys.path.pop(0)
     if not hasattr(module, name):
         own = [
             n
@@ -220,7 +235,6 @@ def _check_folder(out: str) -> None:
 def _write(found: Any, out: Path, model: str, seed: int, precision: Precision) -> list[str]:
     """Write everything into the folder, each file whole or not at all; the names of the files."""
     import jax.random as jr
-    import numpy as np
 
     from laminar import io
     from laminar._errors import MissingExtraError
@@ -231,9 +245,7 @@ def _write(found: Any, out: Path, model: str, seed: int, precision: Precision) -
     text = json.dumps({**about, **found.to_dict()}, ensure_ascii=False, indent=1)
     atomic_write(out / "summary.json", (text + "\n").encode())
     io.save(out / "flow.lam", found.flow, meta=about)
-    values = found.target.named(found.draws).values()
-    columns = np.concatenate([np.asarray(v).reshape(len(found.weights), -1) for v in values], 1)
-    table = dict(zip(found.target.names, columns.T, strict=True))
+    table = dict(zip(found.target.names, found.columns().T, strict=True))
     write_table(out / "draws.csv", {**table, "weight": found.weights})
     names = ["summary.json", "flow.lam", "draws.csv"]
     try:
@@ -243,9 +255,10 @@ def _write(found: Any, out: Path, model: str, seed: int, precision: Precision) -
 
         plot_posterior(found, out / "posterior.png")
         names.append("posterior.png")
-        if isinstance(found.flow, Flow) and found.target.dim > 1:
-            key = jr.key(seed)
-            plot_path(found.flow, found.unconstrained(key, 2_000), out / "path.png", key=key)
+        if isinstance(found.flow, Flow) and found.target.dim > 1 and found.weights.sum() > 0:
+            draw_key, plot_key = jr.split(jr.fold_in(jr.key(seed), _PICTURES))
+            data, names_of = found.unconstrained(draw_key, 2_000), found.target.coordinates
+            plot_path(found.flow, data, out / "path.png", key=plot_key, names=names_of)
             names.append("path.png")
     except MissingExtraError as error:
         say(f"No pictures: {error}")

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import equinox as eqx
 import jax
@@ -39,7 +39,10 @@ _TOLERATED_GAP = 0.01
 _CHUNK = 2_000
 _LEAST_MASS = math.log(0.005)
 _MISSED = 3.0
-_PROBES = 64
+_PROBES = 256
+_FAR = 1e6
+_LEAST_EFFECTIVE = 200
+_SAME_MEAN, _SAME_SPREAD = 0.1, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Assessment:
     def elbo(self) -> Estimate:
         """The bound E_q[ln p̃ − ln q] with its standard error, in nats."""
         values = self.log_ratios
-        return Estimate(jnp.asarray(values.mean()), jnp.asarray(_error(values)))
+        return _estimate(values.mean(), _error(values))
 
     @property
     def log_evidence(self) -> Estimate:
@@ -139,10 +142,15 @@ class Assessment:
         """
         top = self.log_ratios.max()
         if not np.isfinite(top):
-            return Estimate(jnp.asarray(top), jnp.asarray(np.nan))
+            return _estimate(top, np.nan)
         scaled = np.exp(self.log_ratios - top)
         value = top + math.log(scaled.mean())
-        return Estimate(jnp.asarray(value), jnp.asarray(_error(scaled) / scaled.mean()))
+        return _estimate(value, _error(scaled) / scaled.mean())
+
+
+def _estimate(value: float, error: float) -> Estimate:
+    """In double precision on the host: single cannot hold a hundredth of large evidences."""
+    return Estimate(*(cast(Array, np.float64(x)) for x in (value, error)))
 
 
 def _error(values: np.ndarray) -> float:
@@ -191,25 +199,32 @@ def widen(
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """How much more evidence wider draws find: ln Ẑ_wide − ln Ẑ, with its standard error."""
+    """How much more evidence wider draws find: ln Ẑ_wide − ln Ẑ, with its standard error.
+
+    Attributes:
+        value: The difference in nats.
+        error: Its standard error.
+        failures: Wider draws whose log density is NaN or +∞.
+    """
 
     value: float
     error: float
+    failures: int = 0
 
     @property
     def significant(self) -> bool:
         """Whether it is more than rounding and chance."""
-        return self.value > max(_TOLERATED_GAP, 4 * self.error)
+        return not (self.value <= _TOLERATED_GAP or self.value <= 4 * self.error)
 
 
 def find_gap(
     key: PRNGKeyArray, approximation: AbstractDistribution, target: Target, found: Assessment
 ) -> Gap:
     """Compare the evidence of an approximation's own draws with that of as many wider ones."""
-    wide = assess(key, widen(approximation), target, len(found.log_q)).log_evidence
-    own = found.log_evidence
+    seen = assess(key, widen(approximation), target, len(found.log_q))
+    wide, own = seen.log_evidence, found.log_evidence
     value = float(wide.value - own.value)
-    return Gap(value, float(np.hypot(wide.error, own.error)))
+    return Gap(value, float(np.hypot(wide.error, own.error)), seen.failures)
 
 
 @eqx.filter_jit
@@ -228,22 +243,26 @@ def missed(
 ) -> np.ndarray:
     """Which of the normal laws found by optimisation hold mass that the approximation lacks.
 
-    A law g_j is missed where its own bound says that it holds more than a two-hundredth of the
-    mass, and the weights of its draws are on average more than e³ times the usual ones.
+    A law g_j is missed where by its own bound, or by importance sampling from it, there is more
+    than a two-hundredth of the mass, and the weights of its draws are on average more than e³ times
+    the usual ones.
 
     Returns:
-        The numbers of such laws, from the highest bound to the lowest. Where there is only one, the
-        approximation began there, and nothing is looked at.
+        The numbers of such laws, from the highest bound to the lowest.
     """
-    if len(places.means) == 1:
-        return np.array([], int)
-    noise = np.asarray(jr.normal(key, (_PROBES, target.dim)))
+    noise = np.asarray(jr.normal(key, (_PROBES, target.dim)), np.float64)
     draws = jnp.asarray(places.draw(noise), target.dtype)
     log_p, log_q = jax.device_get(_densities(approximation, target.log_density, draws))
+    log_p = np.where(np.isfinite(log_p), log_p, -np.inf).astype(np.float64)
+    # The mass at a place by its own draws; the bound alone is too low where it is not normal.
+    ratios = log_p - places.log_prob(noise)
+    mass = np.maximum(places.elbos, np.logaddexp.reduce(ratios, 1) - math.log(_PROBES))
+    alive = np.isfinite(log_p)
     with np.errstate(invalid="ignore"):
-        excess = np.nanmean(np.maximum(log_p - log_q, -1e6), 1) - log_evidence
-    heavy = places.elbos - log_evidence > _LEAST_MASS
-    return np.flatnonzero(heavy & (excess > _MISSED))
+        # No density at all, or NaN, is as little as there can be.
+        lacking = np.where(np.isnan(log_q) | (log_q == -np.inf), _FAR, log_p - log_q)
+    excess = np.where(alive, lacking, 0).sum(1) / np.maximum(alive.sum(1), 1) - log_evidence
+    return np.flatnonzero((mass - log_evidence > _LEAST_MASS) & (excess > _MISSED))
 
 
 @eqx.filter_jit
@@ -256,6 +275,7 @@ def _densities(approximation, log_density, draws: Array) -> tuple[Array, Array]:
 
 def judge(
     target: Target,
+    own: Assessment,
     found: Assessment,
     gap: Gap,
     places: Gaussians,
@@ -266,29 +286,51 @@ def judge(
 
     Args:
         target: The target.
-        found: Its draws and weights.
+        own: Its own draws and their weights.
+        found: The draws to be used with their weights: the same, or those of a wider proposal.
         gap: What wider draws find beyond them.
         places: The laws found by optimisation.
         lost: The numbers of those that were missed.
         notes: Sentences about trouble on the way; each forbids trust.
     """
     k_hat, n = found.k_hat, len(found.log_q)
+    # Few draws cannot tell as much (Vehtari et al. 2024).
+    usable = min(USABLE, 1 - 1 / math.log10(n))
     reasons, grade = [], "good"
-    if k_hat >= USABLE:
+    if k_hat >= usable:
         grade = "do not trust"
         reasons.append(
-            f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least {USABLE}):"
-            " neither the draws nor their weighted averages are reliable."
+            f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least "
+            f"{usable:.2f}): neither the draws nor their weighted averages are reliable."
         )
     elif k_hat >= GOOD:
-        grade = "usable after reweighting"
         reasons.append(
             f"The weights have a finite variance or nearly so (k̂ = {k_hat:.2f}, between {GOOD} and "
-            f"{USABLE}); use weighted or resampled draws."
+            f"{usable:.2f}); use weighted or resampled draws."
         )
     else:
         reasons.append(f"The importance weights are well behaved (k̂ = {k_hat:.2f}, below {GOOD}).")
+    if grade == "good" and own.k_hat >= GOOD:
+        grade = "usable after reweighting"
+    if found is not own:
+        reasons.append(
+            f"They are those of draws mixed with wider ones; the flow's own have k̂ = "
+            f"{own.k_hat:.2f}, so use weighted or resampled draws."
+        )
+    apart, ratio = _shift(own, found)
+    if apart > _SAME_MEAN or abs(ratio - 1) > _SAME_SPREAD:
+        grade = grade if grade == "do not trust" else "usable after reweighting"
+        reasons.append(
+            f"The flow's own draws are off by up to {apart:.2f} standard deviations in the mean "
+            f"and a factor {ratio:.2f} in the spread, which the weights correct."
+        )
     reasons.append(f"{found.ess:,.0f} of {n:,} draws count after weighting.")
+    if found.ess < _LEAST_EFFECTIVE:
+        grade = "do not trust"
+        reasons.append(f"That is fewer than the {_LEAST_EFFECTIVE} that averages need.")
+    if gap.failures:
+        grade = "do not trust"
+        reasons.append(f"The log density is NaN or +∞ at {gap.failures:,} of {n:,} wider draws.")
     if found.failures:
         grade = "do not trust"
         reasons.append(f"The log density is NaN or +∞ at {found.failures:,} of {n:,} draws.")
@@ -314,12 +356,31 @@ def judge(
     return Verdict(grade, tuple(reasons), _caveat(len(places.means)))
 
 
+def _shift(own: Assessment, found: Assessment) -> tuple[float, float]:
+    """How far the flow's own draws are off, judged by the weighted ones, in the worst coordinate.
+
+    Returns:
+        The difference of the means in weighted standard deviations, and the ratio of deviations
+        that is farthest from one.
+    """
+    if not found.weights.sum() > 0:
+        return math.inf, math.inf
+    z = found.z.astype(np.float64)
+    mean = found.weights @ z
+    spread = np.sqrt(found.weights @ np.square(z - mean[None]))
+    raw = own.z.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        apart = np.abs(raw.mean(0) - mean) / spread
+        ratios = raw.std(0) / spread
+    return float(np.nanmax(apart, initial=0)), float(ratios[np.argmax(np.abs(np.log(ratios)))])
+
+
 def _caveat(distinct: int) -> str:
     places = "place" if distinct == 1 else "different places"
     return (
         "Weights see only where the approximation has draws: a mode that neither it nor the "
         f"optimisation (which ended in {distinct} {places}) reached stays unseen. Compare another "
-        "key, more starts, a tempered run, and simulated data."
+        "key, more starts, and data simulated from the posterior."
     )
 
 

@@ -94,14 +94,15 @@ def fit_posterior(
         dtype: float32 or float64 (which JAX must have been allowed).
         flow: ``"auto"``, by dimension: stop at a normal law where it suffices, else a neural spline
             flow (autoregressive up to 64 dimensions, coupling above); ``"normal"``, ``"nsf"``,
-            ``"coupling"``, ``"iaf"``, ``"realnvp"``, ``"planar"`` (Rezende & Mohamed 2015, with 16
-            layers), always trained; or a function ``(dim, key) -> Flow``.
+            ``"coupling"``, ``"iaf"``, ``"realnvp"``, ``"planar"`` or ``"radial"`` (Rezende &
+            Mohamed 2015, with 16 layers) or ``"sylvester"``, always trained; or a function
+            ``(dim, key) -> Flow``.
         steps: Most steps of training for one mode.
         samples: Draws in each step.
         starts: Climbs from dispersed starting points.
         modes: Most flows in a mixture, one for each mode that would be missed otherwise.
         draws: Draws on which the verdict rests, kept in the posterior.
-        time_limit: Seconds after which no further stage begins.
+        time_limit: Seconds after which no further stage begins; one that has begun is finished.
         progress: Show progress on standard error; None shows it on a terminal only.
         **kwargs: Keyword arguments of the model or log density. One that is named like an option
             here can be given by making the target first.
@@ -120,7 +121,8 @@ def fit_posterior(
     ):
         check_count(name, value, least)
     made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
-    check_key, start_key, climb_key, fit_key, draw_key, wide_key = jr.split(key, 6)
+    keys = jr.split(key, 8)
+    check_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key = keys
     limit = None if time_limit is None else begun + time_limit
     fitter = _Fitter(made, flow, steps, samples, limit, progress)
     if flow != "auto":
@@ -129,13 +131,16 @@ def fit_posterior(
     odd = made.check(check_key)
     places = find_gaussians(climb_key, made.log_density, made.start(start_key, starts))
     approximation = fitter.run(fit_key, places, modes)
-    approximation, found = fitter.defend(draw_key, approximation, draws)
-    gap = find_gap(wide_key, approximation, made, found)
-    lost = missed(climb_key, approximation, made, places, float(found.log_evidence.value))
-    verdict = judge(made, found, gap, places, lost, fitter.notes)
+    own = assess(draw_key, approximation, made, draws)
+    proposal, found = fitter.defend(mix_key, approximation, own)
+    gap = find_gap(wide_key, proposal, made, found)
+    lost = missed(miss_key, approximation, made, places, float(found.log_evidence.value))
+    verdict = judge(made, own, found, gap, places, lost, fitter.notes)
     return Posterior(
         target=made,
         flow=approximation,
+        own=own,
+        proposal=proposal,
         assessment=found,
         verdict=verdict,
         places=places,
@@ -159,27 +164,31 @@ class _Fitter:
     def run(self, key: PRNGKeyArray, places: Gaussians, modes: int) -> AbstractDistribution:
         """One flow, or a mixture of one for each mode that would be missed."""
         parts, evidences = [], []
-        left = np.array([0])
-        while len(left) and len(parts) < modes and not (parts and self._late()):
+        left, tried = [0], []
+        while left and len(parts) < modes and not (parts and self._late()):
             key, fit_key, look_key = jr.split(key, 3)
-            part, found = self._fit_one(fit_key, places.one(int(left[0])))
+            part, found = self._fit_one(fit_key, places.one(left[0]))
+            tried.append(left[0])
             parts.append(part)
             evidences.append(float(found.log_evidence.value))
             total = float(np.logaddexp.reduce(evidences))
-            left = missed(look_key, _joined(parts, evidences), self.target, places, total)
+            lost = missed(look_key, _joined(parts, evidences), self.target, places, total)
+            left = [int(at) for at in lost if at not in tried]
         return self._cast(_joined(parts, evidences))
 
     def defend(
-        self, key: PRNGKeyArray, approximation: AbstractDistribution, draws: int
+        self, key: PRNGKeyArray, approximation: AbstractDistribution, own: Assessment
     ) -> tuple[AbstractDistribution, Assessment]:
-        """The draws for the verdict; with a wider part where more draws show a heavier tail."""
-        found = assess(key, approximation, self.target, draws)
-        if found.k_hat < GOOD:
-            return approximation, found
+        """What to draw weighted draws from: with a wider part where that lightens their tail."""
+        if own.k_hat < GOOD:
+            return approximation, own
         wide = widen(approximation, *_DEFENCE)
-        again = assess(key, wide, self.target, draws)
-        better = again.k_hat < GOOD or (again.k_hat < USABLE <= found.k_hat)
-        return (wide, again) if better else (approximation, found)
+        trial_key, final_key = jr.split(key)
+        trial = assess(trial_key, wide, self.target, len(own.log_q))
+        if (trial.k_hat < USABLE, trial.k_hat < GOOD) <= (own.k_hat < USABLE, False):
+            return approximation, own
+        # Fresh draws, since those that decided look better than they are.
+        return wide, assess(final_key, wide, self.target, len(own.log_q))
 
     def _late(self) -> bool:
         return self.limit is not None and time.monotonic() > self.limit
@@ -200,20 +209,19 @@ class _Fitter:
                 break
         self._look_for_flight([seen.found for seen in trail])
         best = trail[-1]
-        if not (best.suffices or self._late()):
-            best = max(self._remedies(last_key, look_key, best), key=lambda seen: seen.rank)
-        return best.flow, best.found
-
-    def _remedies(self, key: PRNGKeyArray, look_key: PRNGKeyArray, best: "_Look"):
-        """What helps against weights with a heavy tail, from the cheapest to the dearest."""
-        yield best
+        if best.suffices or self._late():
+            return best.flow, best.found
+        # With a wider part the weights may do; if not, both are trained on the target's draws.
         wide = self._look(look_key, widen(best.flow, *_DEFENCE))
-        yield wide
-        if not (wide.suffices or self._late()):
-            objective = forward_kl(self.target.log_density, 4 * self.samples)
-            count = round(self.steps * _ROUNDS[1])
-            flow = self._train(key, wide.flow, objective, count, _REFINING_RATE)
-            yield self._look(look_key, flow)
+        if wide.suffices or self._late():
+            return best.flow, wide.found
+        objective = forward_kl(self.target.log_density, 4 * self.samples)
+        count = round(self.steps * _ROUNDS[1])
+        again = self._train(last_key, wide.flow, objective, count, _REFINING_RATE)
+        refined = self._look(look_key, again)
+        if refined.rank < wide.rank:
+            return best.flow, wide.found
+        return Flow(best.flow.base, again.bijection), refined.found
 
     def _look(self, key: PRNGKeyArray, flow: Any) -> "_Look":
         own, wide = jr.split(key)
@@ -366,4 +374,6 @@ _BUILDERS: dict[str, Builder] = {
     "iaf": lambda dim, key: _linear_tail(zoo.iaf(dim, key=key, width=64), dim),
     "realnvp": lambda dim, key: _linear_tail(zoo.realnvp(dim, key=key, width=64), dim),
     "planar": lambda dim, key: _linear_tail(zoo.planar(dim, key=key, layers=16), dim),
+    "radial": lambda dim, key: _linear_tail(zoo.radial(dim, key=key, layers=16), dim),
+    "sylvester": lambda dim, key: _linear_tail(zoo.sylvester(dim, key=key), dim),
 }

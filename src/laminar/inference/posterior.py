@@ -31,7 +31,10 @@ class Posterior:
         target: The target.
         flow: The density q over unconstrained vectors ``(D,)``: a `laminar.Flow`, or a mixture of
             such. Its path, its parts and `laminar.save` are all there.
-        assessment: Draws with their densities, on which all figures below rest.
+        own: Draws of the flow with their densities.
+        proposal: What weighted draws are drawn from: the flow, or a mixture of it with the same
+            spread wider, where that makes the weights' tail lighter (Owen & Zhou 2000).
+        assessment: Draws of the proposal with their densities; the weights are theirs.
         verdict: Whether it can be trusted, in words.
         places: The normal laws that optimisation found.
         remarks: What was odd about the target at its starting points.
@@ -40,6 +43,8 @@ class Posterior:
 
     target: Target
     flow: AbstractDistribution
+    own: Assessment
+    proposal: AbstractDistribution
     assessment: Assessment
     verdict: Verdict
     places: Gaussians
@@ -58,8 +63,8 @@ class Posterior:
 
     @property
     def elbo(self) -> Estimate:
-        """The evidence lower bound E_q[ln p̃ − ln q], with its standard error, in nats."""
-        return self.assessment.elbo
+        """The flow's evidence lower bound E_q[ln p̃ − ln q], with its standard error, in nats."""
+        return self.own.elbo
 
     @property
     def log_evidence(self) -> Estimate:
@@ -113,7 +118,7 @@ class Posterior:
 
     @functools.cached_property
     def draws(self) -> PyTree:
-        """The assessed draws in the user's space, ``(N, …)``, to be used with `weights`."""
+        """The proposal's draws in the user's space, ``(N, …)``, to be used with `weights`."""
         return self.target.constrain(jnp.asarray(self.assessment.z))
 
     @property
@@ -144,18 +149,12 @@ class Posterior:
         """Mean, standard deviation and quantiles of every scalar of the user's values.
 
         Args:
-            weighted: Weigh the draws, as the verdict asks for; or take them as they are.
+            weighted: Weigh the proposal's draws; or take the flow's own as they are.
 
         Returns:
             One dictionary for each scalar: ``name``, ``mean``, ``sd``, ``5%``, ``50%``, ``95%``.
         """
-        columns = np.concatenate(
-            [
-                np.asarray(x, np.float64).reshape(len(self.assessment.z), -1)
-                for x in self.target.named(self.draws).values()
-            ],
-            axis=1,
-        )
+        columns = self.columns(weighted)
         count = len(columns)
         weights = self._weights_or_equal() if weighted else np.full(count, 1 / count)
         rows = []
@@ -170,6 +169,16 @@ class Posterior:
             rows.append(row)
         return rows
 
+    def columns(self, weighted: bool = True) -> np.ndarray:
+        """All scalars of the draws, ``(N, scalars)``, named by ``target.names``.
+
+        Args:
+            weighted: Of the proposal's draws, whose `weights` go with them; or of the flow's own.
+        """
+        values = self.draws if weighted else self.target.constrain(jnp.asarray(self.own.z))
+        arrays = self.target.named(values).values()
+        return np.concatenate([np.asarray(x, np.float64).reshape(len(x), -1) for x in arrays], 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The figures and the verdict as plain values, for JSON; None for what is not finite."""
         figures = {
@@ -178,6 +187,7 @@ class Posterior:
             "log_evidence": self.log_evidence.value,
             "log_evidence_error": self.log_evidence.error,
             "k_hat": self.k_hat,
+            "k_hat_own": self.own.k_hat,
             "ess": self.ess,
         }
         return {
@@ -194,10 +204,10 @@ class Posterior:
     def __str__(self) -> str:
         """The summary table, the figures and the verdict."""
         table = [
-            f"{row['name']:<20.20} " + " ".join(f"{row[c]:>10.4g}" for c in _COLUMNS)
+            f"{row['name']:<20.20} " + " ".join(f"{row[c]:>10.4g}" for c in COLUMNS)
             for row in self.summary()
         ]
-        head = f"{'':<20} " + " ".join(f"{c:>10}" for c in _COLUMNS)
+        head = f"{'':<20} " + " ".join(f"{c:>10}" for c in COLUMNS)
         return "\n".join([head, *table, "", self.figures(), str(self.verdict), *self.remarks])
 
     def figures(self) -> str:
@@ -251,4 +261,4 @@ class Posterior:
         return arviz.waic(self.to_arviz(key, n))
 
 
-_COLUMNS = ("mean", "sd", "5%", "50%", "95%")
+COLUMNS = ("mean", "sd", "5%", "50%", "95%")

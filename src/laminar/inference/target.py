@@ -62,6 +62,15 @@ class Target:
     kwargs: dict[str, Any] = dataclasses.field(repr=False)
     way: Way = dataclasses.field(repr=False)
 
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        """Names of the D coordinates of z, after the values that they give."""
+        return tuple(
+            f"{name} (unconstrained)"
+            for leaf in self.leaves
+            for name in scalar_names(leaf.name, leaf.raw_shape)
+        )
+
     def log_density(self, z: Array) -> Array:
         """The log density ln p̃(z) of one vector ``(D,)``, the log-Jacobian included: ``()``."""
         return self.way.log_density(z)

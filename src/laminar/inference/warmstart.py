@@ -27,7 +27,7 @@ _DRAWS = 64
 _MOST_DENSE = 400
 _PROBES = 32
 _WIDEST = 1e6
-_APART = 4.0
+_APART = 3.0
 
 
 class Gaussians(NamedTuple):
@@ -59,6 +59,12 @@ class Gaussians(NamedTuple):
             return self.means[:, None] + np.einsum("sij,nj->sni", self.factors, noise)
         return self.means[:, None] + self.factors[:, None] * noise
 
+    def log_prob(self, noise: np.ndarray) -> np.ndarray:
+        """The log density ``(S, N)`` of each law at its draws from that noise."""
+        diagonal = np.diagonal(self.factors, axis1=1, axis2=2) if self.dense else self.factors
+        norm = np.log(np.abs(diagonal)).sum(1) + 0.5 * noise.shape[1] * np.log(2 * np.pi)
+        return -0.5 * np.square(noise).sum(1)[None] - norm[:, None]
+
 
 def find_gaussians(
     key: PRNGKeyArray, log_density: Callable[[Array], Array], starts: Array
@@ -74,12 +80,13 @@ def find_gaussians(
         At least one law: where no candidate has a finite bound, the standard normal at the start
         of the highest density.
     """
+    noise_key, probe_key = jr.split(key)
     points = _climb(log_density, starts)
     if starts.shape[1] <= _MOST_DENSE:
         tops = _polish(log_density, points[:, -1])
         points = jnp.concatenate([points, tops[:, None]], axis=1)
-    means, factors = _candidates(log_density, points)
-    half = jr.normal(key, (_DRAWS // 2, starts.shape[1]), starts.dtype)
+    means, factors = _candidates(log_density, points, probe_key)
+    half = jr.normal(noise_key, (_DRAWS // 2, starts.shape[1]), starts.dtype)
     # In pairs about the centre, where a shift of the mean is not drowned in the draws' own mean.
     noise = jnp.concatenate([half, -half])
     elbos = _bounds(log_density, means, factors, noise)
@@ -106,13 +113,14 @@ def _distinct(found: Gaussians) -> Gaussians:
 
 
 def _distance(found: Gaussians, i: int, j: int) -> float:
-    """How many standard deviations of law j the mean of law i is away from its mean."""
+    """How far apart the means of two laws are, in standard deviations of the narrower one."""
     apart = found.means[i] - found.means[j]
-    if found.dense:
-        scaled = np.linalg.solve(found.factors[j], apart)
-    else:
-        scaled = apart / found.factors[j]
-    return float(np.linalg.norm(scaled) / max(np.sqrt(len(apart) / 2), 1.0))
+
+    def scaled(k: int) -> np.ndarray:
+        factor = found.factors[k]
+        return np.linalg.solve(factor, apart) if found.dense else apart / factor
+
+    return float(max(np.linalg.norm(scaled(i)), np.linalg.norm(scaled(j))))
 
 
 def _safe(log_density: Callable[[Array], Array]):
@@ -166,7 +174,9 @@ def _climb(log_density: Callable[[Array], Array], starts: Array) -> Array:
 
 
 @jax.jit(static_argnums=0)
-def _candidates(log_density: Callable[[Array], Array], points: Array) -> tuple[Array, Array]:
+def _candidates(
+    log_density: Callable[[Array], Array], points: Array, key: PRNGKeyArray
+) -> tuple[Array, Array]:
     """Normal laws with the curvature at points ``(S, M, D)``, centred there and a Newton step on.
 
     Returns:
@@ -185,7 +195,7 @@ def _candidates(log_density: Callable[[Array], Array], points: Array) -> tuple[A
 
     def diagonal(z):
         slope = value_and_grad(z)[1]
-        signs = jr.rademacher(jr.key(0), (_PROBES, dim), z.dtype)
+        signs = jr.rademacher(key, (_PROBES, dim), z.dtype)
 
         forward = _allows_forward(jax.grad(value), z)
         step = jnp.cbrt(jnp.finfo(z.dtype).eps).astype(z.dtype)

@@ -1,6 +1,7 @@
 """Pictures of flows: the path from base to data, marginals and pairs, and training curves.
 
-Blue is always the data, orange always the flow (see `laminar.report.canvas`). Where points are followed, their colours run from dark blue to light orange, ordered in grey too.
+Blue is always the data, orange always the flow (see `laminar.report.canvas`). Where points are
+followed, their colours run from dark blue to light orange, ordered in grey too.
 """
 
 from collections.abc import Callable, Sequence

@@ -19,8 +19,8 @@ _BINS = 40
 def plot_posterior(posterior: Posterior, path: PathLike | None = None) -> "Figure":
     """Draw the marginals of the draws as they are and with their weights, and the weights.
 
-    Orange is the flow, blue the same draws weighted by p̃ / q: where the two differ, the weights
-    correct the flow. The last panel shows the ordered weights times their number, 1 for a perfect
+    Orange is the flow, blue the draws weighted by p̃ / q: where the two differ, the weights correct
+    the flow. The last panel shows the ordered weights times their number, 1 for a perfect
     flow. At most 11 scalars are shown, the first ones.
 
     Args:
@@ -34,18 +34,15 @@ def plot_posterior(posterior: Posterior, path: PathLike | None = None) -> "Figur
         MissingExtraError: If matplotlib is not installed.
     """
     made = figure_class("plot_posterior")
-    named = posterior.target.named(posterior.draws)
-    count = len(posterior.assessment.z)
-    columns = np.concatenate(
-        [np.asarray(x, np.float64).reshape(count, -1) for x in named.values()], axis=1
-    )[:, :_MOST_PANELS]
+    columns = posterior.columns()[:, :_MOST_PANELS]
+    own = posterior.columns(weighted=False)
     across = min(4, columns.shape[1] + 1)
     down = math.ceil((columns.shape[1] + 1) / across)
     figure = made(figsize=(2.5 * across, 2.1 * down + 0.5), dpi=DPI, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).reshape(-1)
     weights = posterior.weights
-    for axes, name, column in zip(panels, posterior.target.names, columns.T, strict=False):
-        _marginal(axes, name, column, weights)
+    for i, name in enumerate(posterior.target.names[: columns.shape[1]]):
+        _marginal(panels[i], name, own[:, i], columns[:, i], weights)
     _weights(panels[columns.shape[1]], posterior)
     for axes in panels[columns.shape[1] + 1 :]:
         axes.set_axis_off()
@@ -56,10 +53,10 @@ def plot_posterior(posterior: Posterior, path: PathLike | None = None) -> "Figur
     return finish(figure, path)
 
 
-def _marginal(axes, name: str, column: np.ndarray, weights: np.ndarray) -> None:
-    low, high = np.quantile(column, [0.001, 0.999])
+def _marginal(axes, name: str, own: np.ndarray, column: np.ndarray, weights: np.ndarray) -> None:
+    low, high = np.quantile(own, [0.001, 0.999])
     edges = np.linspace(low, high, _BINS + 1) if high > low else _BINS
-    axes.hist(column, edges, density=True, color=FLOW, alpha=0.35, label="the flow's draws")
+    axes.hist(own, edges, density=True, color=FLOW, alpha=0.35, label="the flow's draws")
     if weights.sum() > 0:
         style = {"color": DATA, "histtype": "step", "lw": 1.3}
         axes.hist(column, edges, density=True, weights=weights, label="weighted", **style)
@@ -77,3 +74,4 @@ def _weights(axes, posterior: Posterior) -> None:
     dress(axes, "weights", x="draw, heaviest first", y="weight × draws")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.minorticks_off()

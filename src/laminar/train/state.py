@@ -411,7 +411,8 @@ def _mean_loss(model, chunks: Batch, key, objective: Objective) -> Array:
 
     def body(carry, chunk):
         total, weight, i = carry
-        loss, _ = objective(model, chunk, jr.fold_in(key, i))
+        options = {"step": None} if _takes_step(objective) else {}
+        loss, _ = objective(model, chunk, jr.fold_in(key, i), **options)
         w = chunk.weights.sum().astype(jnp.float32)
         total = total + jnp.where(w > 0, w * loss.astype(jnp.float32), 0.0)
         return (total, weight + w, i + 1), None
