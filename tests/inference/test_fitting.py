@@ -223,7 +223,7 @@ def test_climbs_end_at_laplace_approximations():
     assert len(found.means) == 1
     np.testing.assert_allclose(found.means[0], [1.0, -2.0, 0.5], atol=1e-3)
     np.testing.assert_allclose(found.factors[0] @ found.factors[0].T, covariance, atol=1e-2)
-    assert found.elbos[0] == pytest.approx(0, abs=1.0)  # of 64 draws
+    assert found.elbos[0] == pytest.approx(0, abs=1e-3)
     assert found.draw(np.zeros((5, 3))).shape == (1, 5, 3)
 
 

@@ -86,9 +86,7 @@ def find_gaussians(
         tops = _polish(log_density, points[:, -1])
         points = jnp.concatenate([points, tops[:, None]], axis=1)
     means, factors = _candidates(log_density, points, probe_key)
-    half = jr.normal(noise_key, (_DRAWS // 2, starts.shape[1]), starts.dtype)
-    # In pairs about the centre, where a shift of the mean is not drowned in the draws' own mean.
-    noise = jnp.concatenate([half, -half])
+    noise = jnp.asarray(_even_noise(noise_key, starts.shape[1]), starts.dtype)
     elbos = _bounds(log_density, means, factors, noise)
     means, factors, elbos = (np.asarray(a, np.float64) for a in (means, factors, elbos))
     count = len(starts)
@@ -98,6 +96,19 @@ def find_gaussians(
     means = means.reshape(count, -1, means.shape[-1])[rows, best]
     factors = factors.reshape(count, elbos.shape[1], *factors.shape[1:])[rows, best]
     return _distinct(Gaussians(means, factors, elbos[rows, best]))
+
+
+def _even_noise(key: PRNGKeyArray, dim: int) -> np.ndarray:
+    """Standard normal draws of mean zero and, as far as they suffice, of unit covariance exactly.
+
+    The bound of a law for a normal target is then exact, so that chance does not choose the law.
+    """
+    half = np.asarray(jr.normal(key, (_DRAWS // 2, dim)), np.float64)
+    if dim <= _DRAWS // 4:
+        half = np.linalg.solve(np.linalg.cholesky(half.T @ half / len(half)), half.T).T
+    else:
+        half /= np.sqrt(np.mean(half**2, 0, keepdims=True))
+    return np.concatenate([half, -half])
 
 
 def _distinct(found: Gaussians) -> Gaussians:
