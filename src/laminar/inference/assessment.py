@@ -39,6 +39,7 @@ _TOLERATED_GAP = 0.01
 _CHUNK = 2_000
 _LEAST_MASS = math.log(0.005)
 _MISSED = 3.0
+_GRADES: tuple[Grade, ...] = ("good", "usable after reweighting", "do not trust")
 _PROBES = 256
 _FAR = 1e6
 _LEAST_EFFECTIVE = 200
@@ -293,67 +294,72 @@ def judge(
         lost: The numbers of those that were missed.
         notes: Sentences about trouble on the way; each forbids trust.
     """
-    k_hat, n = found.k_hat, len(found.log_q)
-    # Few draws cannot tell as much (Vehtari et al. 2024).
-    usable = min(USABLE, 1 - 1 / math.log10(n))
-    reasons, grade = [], "good"
-    if k_hat >= usable:
-        grade = "do not trust"
-        reasons.append(
-            f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least "
-            f"{usable:.2f}): neither the draws nor their weighted averages are reliable."
-        )
-    elif k_hat >= GOOD:
-        reasons.append(
-            f"The weights have a finite variance or nearly so (k̂ = {k_hat:.2f}, between {GOOD} and "
-            f"{usable:.2f}); use weighted or resampled draws."
-        )
-    else:
-        reasons.append(f"The importance weights are well behaved (k̂ = {k_hat:.2f}, below {GOOD}).")
-    if grade == "good" and own.k_hat >= GOOD:
-        grade = "usable after reweighting"
-    if found is not own:
-        reasons.append(
-            f"They are those of draws mixed with wider ones; the flow's own have k̂ = "
-            f"{own.k_hat:.2f}, so use weighted or resampled draws."
-        )
-    apart, ratio = _shift(own, found)
-    if apart > _SAME_MEAN or abs(ratio - 1) > _SAME_SPREAD:
-        grade = grade if grade == "do not trust" else "usable after reweighting"
-        reasons.append(
-            f"The flow's own draws are off by up to {apart:.2f} standard deviations in the mean "
-            f"and a factor {ratio:.2f} in the spread, which the weights correct."
-        )
-    reasons.append(f"{found.ess:,.0f} of {n:,} draws count after weighting.")
-    if found.ess < _LEAST_EFFECTIVE:
-        grade = "do not trust"
-        reasons.append(f"That is fewer than the {_LEAST_EFFECTIVE} that averages need.")
-    if gap.failures:
-        grade = "do not trust"
-        reasons.append(f"The log density is NaN or +∞ at {gap.failures:,} of {n:,} wider draws.")
-    if found.failures:
-        grade = "do not trust"
-        reasons.append(f"The log density is NaN or +∞ at {found.failures:,} of {n:,} draws.")
+    n = len(found.log_q)
+    findings: list[tuple[Grade, str]] = [*_of_weights(own, found), *_of_draws(own, found)]
+    for words, failures in (("draws", found.failures), ("wider draws", gap.failures)):
+        if failures:
+            said = f"The log density is NaN or +∞ at {failures:,} of {n:,} {words}."
+            findings.append(("do not trust", said))
     if gap.significant:
         share = -math.expm1(-gap.value)
-        if gap.value > USABLE_GAP or grade == "do not trust":
-            grade = "do not trust"
-        else:
-            grade = "usable after reweighting"
-        reasons.append(
+        said = (
             f"Draws spread wider find {share:.1%} of the probability outside the reach of its own: "
             "it is too narrow, or its tails are too short."
         )
+        slight = gap.value <= USABLE_GAP
+        findings.append(("usable after reweighting" if slight else "do not trust", said))
     for j in lost:
-        grade = "do not trust"
-        reasons.append(
+        said = (
             f"Optimisation found probability near {_place(target, places.means[j])} that the "
             "approximation misses."
         )
-    for note in notes:
-        grade = "do not trust"
-        reasons.append(note)
-    return Verdict(grade, tuple(reasons), _caveat(len(places.means)))
+        findings.append(("do not trust", said))
+    findings += [("do not trust", note) for note in notes]
+    worst = max(_GRADES.index(grade) for grade, _ in findings)
+    return Verdict(_GRADES[worst], tuple(said for _, said in findings), _caveat(len(places.means)))
+
+
+def _of_weights(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
+    """What the tail of the weights says."""
+    k_hat = found.k_hat
+    # Few draws cannot tell as much (Vehtari et al. 2024).
+    usable = min(USABLE, 1 - 1 / math.log10(len(found.log_q)))
+    if k_hat >= usable:
+        said = (
+            f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least "
+            f"{usable:.2f}): neither the draws nor their weighted averages are reliable."
+        )
+        return [("do not trust", said)]
+    if k_hat >= GOOD:
+        said = (
+            f"The weights have a finite variance or nearly so (k̂ = {k_hat:.2f}, between {GOOD} and "
+            f"{usable:.2f}); use weighted or resampled draws."
+        )
+        return [("usable after reweighting", said)]
+    well = f"The importance weights are well behaved (k̂ = {k_hat:.2f}, below {GOOD})."
+    if found is own:
+        return [("good", well)]
+    said = (
+        f"They are those of draws mixed with wider ones; the flow's own have k̂ = {own.k_hat:.2f}, "
+        "so use weighted or resampled draws."
+    )
+    return [("good", well), ("usable after reweighting", said)]
+
+
+def _of_draws(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
+    """What the draws say: the flow's own beside the weighted ones, and how many count."""
+    findings: list[tuple[Grade, str]] = []
+    apart, ratio = _shift(own, found)
+    if apart > _SAME_MEAN or abs(ratio - 1) > _SAME_SPREAD:
+        said = (
+            f"The flow's own draws are off by up to {apart:.2f} standard deviations in the mean "
+            f"and a factor {ratio:.2f} in the spread, which the weights correct."
+        )
+        findings.append(("usable after reweighting", said))
+    counted = f"{found.ess:,.0f} of {len(found.log_q):,} draws count after weighting."
+    if found.ess < _LEAST_EFFECTIVE:
+        return [*findings, ("do not trust", f"{counted} That is too few to average over.")]
+    return [*findings, ("good", counted)]
 
 
 def _shift(own: Assessment, found: Assessment) -> tuple[float, float]:
