@@ -258,7 +258,8 @@ def report(records: list[dict]) -> str:
         f"{machine['cores']} cores; {machine['date']}",
         f"{o['data']}, {words}: {o['latent']} latents, {o['depth']} × {o['width']} maxout units of "
         f"{o['window']}, {o['prior']} prior; batch {o['batch_size']}, {o['steps']:,} steps of "
-        f"Adam, rate {o['learning_rate']:g} with cosine decay, EMA {o['ema']:g}",
+        f"AdamW, rate {o['learning_rate']:g} with cosine decay, weight decay "
+        f"{o['weight_decay']:g}, EMA {o['ema']:g}",
         f"nats on {o['test_rows']:,} test images, ± standard error over images; "
         f"−ln p by {o['draws']} importance samples",
         "",
@@ -399,7 +400,7 @@ def options():
     parser.add_argument("--window", type=int, default=4, help="of maxout; 1 is ReLU")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=1e-4)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--ema", type=float, default=0.999, help="0 does not average")
     parser.add_argument("--draws", type=int, default=200, help="importance samples (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
