@@ -73,6 +73,8 @@ def test_draws_and_densities_are_in_the_users_space(exact):
     np.testing.assert_allclose(log_q, truth, atol=0.02)
     again = exact.resample(jr.key(2), 500)["mu"]
     assert again.shape == (500,)
+    assert exact.resample(jr.key(2), (3, 4))["mu"].shape == (3, 4)
+    assert repr(exact) == str(exact)
     assert float(again.mean()) == pytest.approx(Y.sum() / 5.25, abs=0.06)
 
 
@@ -166,7 +168,7 @@ def test_a_wider_proposal_makes_an_approximation_usable_not_good():
     assert float(found.log_evidence.value) == pytest.approx(np.log(2 * np.pi), abs=0.05)
     verdict = judge(target, own, found, Gap(0.0, 0.0), places, [])
     assert verdict.grade == "usable after reweighting"
-    assert "mixed with wider ones" in str(verdict)
+    assert "mixed with wider draws" in str(verdict)
     exact = Flow(Normal((2,)), Affine(jnp.zeros(2), jnp.ones(2)))
     own = assess(jr.key(0), exact, target, 4_000)
     assert fitter.defend(jr.key(1), exact, own) == (exact, own)
@@ -277,6 +279,12 @@ def test_a_flow_of_ones_own_is_trained():
 def test_what_cannot_be_used_is_refused(options, error, match):
     with pytest.raises(error, match=match):
         fit_posterior(jr.key(0), square, example=2, **options)
+
+
+def test_a_key_comes_first():
+    for key in (0, square, np.zeros(3)):
+        with pytest.raises(InputError, match="first argument is a random key"):
+            fit_posterior(key, square, example=2)
 
 
 def test_a_target_without_a_density_is_refused():

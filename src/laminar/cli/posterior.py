@@ -258,7 +258,8 @@ def _write(found: Any, out: Path, model: str, seed: int, precision: Precision) -
         if isinstance(found.flow, Flow) and found.target.dim > 1 and found.weights.sum() > 0:
             draw_key, plot_key = jr.split(jr.fold_in(jr.key(seed), _PICTURES))
             data, names_of = found.unconstrained(draw_key, 2_000), found.target.coordinates
-            plot_path(found.flow, data, out / "path.png", key=plot_key, names=names_of)
+            head = "weighted draws (as data) and the flow's own, unconstrained"
+            plot_path(found.flow, data, out / "path.png", key=plot_key, names=names_of, title=head)
             names.append("path.png")
     except MissingExtraError as error:
         say(f"No pictures: {error}")

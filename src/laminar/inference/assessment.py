@@ -40,6 +40,12 @@ _CHUNK = 2_000
 _LEAST_MASS = math.log(0.005)
 _MISSED = 3.0
 _GRADES: tuple[Grade, ...] = ("good", "usable after reweighting", "do not trust")
+_ADVICE = {
+    "good": "The flow's own draws can be used as they are.",
+    "usable after reweighting": "Use weighted or resampled draws.",
+    "do not trust": "Reparametrise (as non-centred), allow more steps, or run NUTS, if need be in "
+    "the flow's latent space.",
+}
 _PROBES = 256
 _FAR = 1e6
 _LEAST_EFFECTIVE = 200
@@ -314,9 +320,10 @@ def judge(
             "approximation misses."
         )
         findings.append(("do not trust", said))
-    findings += [("do not trust", note) for note in notes]
-    worst = max(_GRADES.index(grade) for grade, _ in findings)
-    return Verdict(_GRADES[worst], tuple(said for _, said in findings), _caveat(len(places.means)))
+    findings.extend(("do not trust", note) for note in notes)
+    grade = _GRADES[max(_GRADES.index(grade) for grade, _ in findings)]
+    reasons = [said for _, said in findings]
+    return Verdict(grade, (*reasons, _ADVICE[grade]), _caveat(len(places.means)))
 
 
 def _of_weights(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
@@ -327,21 +334,21 @@ def _of_weights(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
     if k_hat >= usable:
         said = (
             f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least "
-            f"{usable:.2f}): neither the draws nor their weighted averages are reliable."
+            f"{usable:.2f}): single draws decide every average."
         )
         return [("do not trust", said)]
     if k_hat >= GOOD:
         said = (
             f"The weights have a finite variance or nearly so (k̂ = {k_hat:.2f}, between {GOOD} and "
-            f"{usable:.2f}); use weighted or resampled draws."
+            f"{usable:.2f})."
         )
         return [("usable after reweighting", said)]
     well = f"The importance weights are well behaved (k̂ = {k_hat:.2f}, below {GOOD})."
     if found is own:
         return [("good", well)]
     said = (
-        f"They are those of draws mixed with wider ones; the flow's own have k̂ = {own.k_hat:.2f}, "
-        "so use weighted or resampled draws."
+        f"These weights are those of the flow mixed with wider draws; those of the flow alone have "
+        f"k̂ = {own.k_hat:.2f}."
     )
     return [("good", well), ("usable after reweighting", said)]
 
@@ -353,7 +360,7 @@ def _of_draws(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
     if apart > _SAME_MEAN or abs(ratio - 1) > _SAME_SPREAD:
         said = (
             f"The flow's own draws are off by up to {apart:.2f} standard deviations in the mean "
-            f"and a factor {ratio:.2f} in the spread, which the weights correct."
+            f"and by a factor {ratio:.2f} in the spread."
         )
         findings.append(("usable after reweighting", said))
     counted = f"{found.ess:,.0f} of {len(found.log_q):,} draws count after weighting."

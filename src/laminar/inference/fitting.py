@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -112,6 +113,7 @@ def fit_posterior(
         TrainingError: If the log density becomes NaN again and again in training.
     """
     begun = time.monotonic()
+    _check_key(key)
     for name, value, least in (
         ("steps", steps, 6),
         ("samples", samples, 2),
@@ -147,6 +149,17 @@ def fit_posterior(
         remarks=odd,
         seconds=time.monotonic() - begun,
     )
+
+
+def _check_key(key: Any) -> None:
+    """Refuse what is no random key, such as a model in the first place."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim == 1)
+    ):
+        raise InputError(
+            f"The first argument is a random key, as jax.random.key(0), not {type(key).__name__}."
+        )
 
 
 @dataclasses.dataclass

@@ -199,7 +199,10 @@ def _refuse(model, traces, latent) -> None:
         k for k, s in sites if s["type"] == "plate" and s["args"][1] not in (None, s["args"][0])
     ]
     for found, what in (
-        (discrete, "discrete latent sites {}, which no flow reaches: sum them out of the model"),
+        (
+            discrete,
+            "discrete latent sites {}, which no flow reaches: sum them out, or pass their data",
+        ),
         (fixed, "sample sites {} with a delta distribution: use numpyro.deterministic"),
         (free, "param sites {}, which have no prior: use numpyro.sample"),
         (mini, "plates {} that take subsamples, so its density is random: use all data"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from laminar.inference.warmstart import Gaussians
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     """A flow over the unconstrained space of a target, with what its importance weights say.
 
@@ -90,19 +91,21 @@ class Posterior:
         jacobian = jax.vmap(self.target.log_jacobian)(z.reshape(-1, self.target.dim))
         return self.flow.log_prob(z) - jacobian.reshape(z.shape[:-1])
 
-    def resample(self, key: PRNGKeyArray, n: int) -> PyTree:
-        """N draws that follow the target as far as the weights can correct: ``(n, …)``.
+    def resample(self, key: PRNGKeyArray, shape: int | Shape) -> PyTree:
+        """Draws that follow the target as far as the weights correct, with leading axes `shape`.
 
         The assessed draws are drawn from with replacement by their smoothed weights, so there are
-        repetitions where n is not small beside `ess`.
+        repetitions where their number is not small beside `ess`.
 
         Raises:
             InputError: If no draw has any weight.
         """
-        return self.target.constrain(self.unconstrained(key, n))
+        axes = (shape,) if isinstance(shape, int) else tuple(shape)
+        z = self.unconstrained(key, math.prod(axes))
+        return self.target.constrain(z.reshape(*axes, self.target.dim))
 
     def unconstrained(self, key: PRNGKeyArray, n: int) -> Array:
-        """What `resample` gives, as unconstrained vectors ``(n, D)``."""
+        """Like `resample`, n draws, as unconstrained vectors ``(n, D)``."""
         return jnp.asarray(self.assessment.z[self._chosen(key, n)])
 
     def _chosen(self, key: PRNGKeyArray, n: int) -> np.ndarray:
@@ -201,7 +204,7 @@ class Posterior:
             "summary": self.summary(),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The summary table, the figures and the verdict."""
         table = [
             f"{row['name']:<20.20} " + " ".join(f"{row[c]:>10.4g}" for c in COLUMNS)

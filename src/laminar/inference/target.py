@@ -209,7 +209,9 @@ def as_target(
             raise InputError("The target is ready-made, so it takes no further arguments.")
         return target
     if not callable(target):
-        raise InputError(f"A target is a log density or a NumPyro model, not {target!r}.")
+        raise InputError(
+            f"A target is a log density or a NumPyro model, not {type(target).__name__}."
+        )
     dtype = _check_dtype(dtype)
     if example is None:
         if supports is not None:
