@@ -150,6 +150,7 @@ def test_the_true_reverse_leaves_no_gap():
     np.testing.assert_allclose(log_q, exact.log_prob(x), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_many_langevin_steps_come_to_the_target():
     steps = repeat(lambda key: Langevin(bowl, 1, step_size=0.3), 150, key=jr.key(0))
     flow = Flow(Normal((1,), loc=4.0, scale=0.2), steps)
@@ -160,6 +161,7 @@ def test_many_langevin_steps_come_to_the_target():
     assert flow.path(jnp.zeros((2, 1)), key=jr.key(2)).log_probs.shape == (151, 2)
 
 
+@pytest.mark.slow
 def test_training_the_reverse_density_closes_the_gap():
     target = Normal((1,), loc=1.0, scale=0.5)
     steps = repeat(lambda key: Langevin(target._log_prob, 1, step_size=0.4), 2, key=jr.key(0))

@@ -27,6 +27,11 @@ BITS = np.asarray(binarise(jr.key(0), jnp.asarray(GREY)))
 TRAIN, TEST = BITS[:1500], BITS[1500:]
 
 
+def some(kinds):
+    """The kinds, of which two are tested every time and the others with the slow tests."""
+    return [pytest.param(k, marks=[pytest.mark.slow] * (k not in ("planar", "iaf"))) for k in kinds]
+
+
 def small(posterior="diagonal", **options):
     """A model of the digits that trains in seconds."""
     sizes = {"width": 48, "depth": 1, "window": 2, "flow_width": 24, "layers": 3, "latent": 6}
@@ -71,7 +76,7 @@ def by_quadrature(model, x):
 ALL_BITS = jnp.asarray([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)], jnp.float32)
 
 
-@pytest.mark.parametrize("posterior", KINDS)
+@pytest.mark.parametrize("posterior", some(KINDS))
 def test_log_likelihood_is_the_integral(posterior):
     model = tiny(posterior)
     truth = by_quadrature(model, ALL_BITS)
@@ -145,7 +150,7 @@ def test_rows_of_weight_zero_count_for_nothing():
     assert aux["weight"] == 6
 
 
-@pytest.mark.parametrize("posterior", KINDS)
+@pytest.mark.parametrize("posterior", some(KINDS))
 def test_path_gradients_vanish_where_the_posterior_is_exact(posterior):
     # With a decoder that ignores z the posterior is the prior.
     model = tiny(posterior)
@@ -210,7 +215,7 @@ def trained(posterior):
     return train(small(posterior, mean=TRAIN.mean(0)))
 
 
-@pytest.mark.parametrize("posterior", KINDS)
+@pytest.mark.parametrize("posterior", some(KINDS))
 def test_training_improves_and_the_bound_lies_below(posterior):
     before = bound(small(posterior, mean=TRAIN.mean(0)))
     model, history = trained(posterior)
@@ -228,7 +233,7 @@ def test_training_improves_and_the_bound_lies_below(posterior):
     assert after.log_prob.mean() > independent + 2
 
 
-@pytest.mark.parametrize("posterior", [kind for kind in KINDS if kind != "diagonal"])
+@pytest.mark.parametrize("posterior", some(kind for kind in KINDS if kind != "diagonal"))
 def test_a_flow_is_at_least_as_good_as_the_diagonal(posterior):
     flow, diagonal = bound(trained(posterior)[0]), bound(trained("diagonal")[0])
     assert flow.elbo.mean() > diagonal.elbo.mean() - 0.3
@@ -267,7 +272,7 @@ def test_flow_prior_and_flow_decoder_train():
     assert not same(fitted.prior, model.prior)
 
 
-@pytest.mark.parametrize("posterior", KINDS)
+@pytest.mark.parametrize("posterior", some(KINDS))
 def test_save_and_load(posterior, tmp_path):
     model, _ = trained(posterior)
     laminar.save(tmp_path / "model.lam", model)
