@@ -14,7 +14,8 @@ def test_units_start_at_unit_scale(window):
     net = Maxout(50, width=200, depth=3, window=window, key=jr.key(0))
     h = net(jr.normal(jr.key(1), (50, 2000)))
     assert h.shape == (200, 2000)
-    assert 0.6 < float((h**2).mean()) < 1.6
+    # A ReLU halves the square of the first layer, which has no gain; then the scale is kept.
+    assert 0.4 < float((h**2).mean()) < 1.6
 
 
 def test_maxout_is_the_largest_of_its_maps():
