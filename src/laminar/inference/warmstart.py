@@ -107,7 +107,7 @@ def _even_noise(key: PRNGKeyArray, dim: int) -> np.ndarray:
     if dim <= _DRAWS // 4:
         half = np.linalg.solve(np.linalg.cholesky(half.T @ half / len(half)), half.T).T
     else:
-        half /= np.sqrt(np.mean(half**2, 0, keepdims=True))
+        half = half / np.sqrt(np.mean(half**2, 0, keepdims=True))
     return np.concatenate([half, -half])
 
 
