@@ -200,9 +200,8 @@ def report(records: list[dict]) -> str:
             lines.append(f"  {name}: the verdict is 'do not trust', {kept}.")
         elif record["k_hat"] >= MOST_K:
             lines.append(f"  {name}: k̂ is {record['k_hat']:.2f}.")
-    pairs = [
-        (mine[n]["seconds"], by_cell[n, "NUTS"]["seconds"]) for n in mine if (n, "NUTS") in by_cell
-    ]
+    both = [(mine[n], by_cell[n, "NUTS"]) for n in mine if (n, "NUTS") in by_cell]
+    pairs = [(a["seconds"], b["seconds"]) for a, b in both if "failed" not in {**a, **b}]
     if pairs:
         faster = sum(a < b for a, b in pairs)
         ratio = float(np.median([b / a for a, b in pairs]))
