@@ -108,15 +108,12 @@ def guide_cell(case, key, reference, names, args, guide_class) -> dict:
 
 def nuts_cell(case, key, reference, names, args) -> dict:
     begun = time.perf_counter()
-    chains = args.chains
-    if chains == "auto":
-        chains = "sequential" if case.loops else "vectorized"
     mcmc = MCMC(
         NUTS(case.model),
         num_warmup=args.warmup,
         num_samples=args.samples,
         num_chains=CHAINS,
-        chain_method=chains,
+        chain_method=args.chains,
         progress_bar=False,
     )
     mcmc.run(key, *case.args, extra_fields=("diverging",))
@@ -243,12 +240,7 @@ def options():
     parser.add_argument("--svi-rate", type=float, default=0.01, help="of Adam, to 0 by a cosine")
     parser.add_argument("--warmup", type=int, default=1000, help="of a chain of NUTS, %(default)s")
     parser.add_argument("--samples", type=int, default=1000, help="of a chain, %(default)s")
-    parser.add_argument(
-        "--chains",
-        choices=("auto", "vectorized", "sequential"),
-        default="auto",
-        help="of NUTS; auto: vectorized, but one after the other for a differential equation",
-    )
+    parser.add_argument("--chains", choices=("vectorized", "sequential"), default="vectorized")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verify", action="store_true", help="check the densities, and stop")
     parser.add_argument("--report", action="store_true", help="print what is in --out, and stop")
@@ -306,8 +298,8 @@ def main():
     print(
         f"\nlaminar {laminar.__version__}, jax {jax.__version__}, numpyro {numpyro.__version__}, "
         f"{jax.devices()[0].platform}, {args.precision} bits; guides: {args.svi_steps} steps of "
-        f"{args.svi_particles} draws, Adam from {args.svi_rate}; NUTS: {CHAINS} "
-        f"chains ({args.chains}) of {args.warmup} + {args.samples}."
+        f"{args.svi_particles} draws, Adam from {args.svi_rate}; NUTS: {CHAINS} {args.chains} "
+        f"chains of {args.warmup} + {args.samples}."
     )
     print(report(records))
     if left:
