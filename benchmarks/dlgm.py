@@ -219,7 +219,8 @@ class Cell:
             "rollbacks": history.rollbacks,
             "seconds": history.seconds,
             "curve_steps": history.validation_steps.tolist(),
-            "curve_bound": [_plain(v) for v in history.validation],
+            # Of the parameters or their average, whichever is better.
+            "curve_bound": [_plain(v) for v in np.fmin(history.validation, history.validation_ema)],
             "bound": _plain(-test.elbo.mean()),
             "bound_error": _error(test.elbo),
             "nll": _plain(-test.log_prob.mean()),
