@@ -1,7 +1,8 @@
 """Densities that are hard for variational inference, with exact draws and known normalisation.
 
 Those without the mark *planted* are to be approximated well, or the verdict must say that they are
-not. In the planted ones something is wrong on purpose, and the verdict must not be "good".
+not. In the planted ones something is wrong on purpose; where that makes the fit fail, the verdict
+must not trust it.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ class Hard:
             Moments of the tails of a funnel do not exist for practical purposes.
         labels: Names of what is compared.
         options: What `fit_posterior` is told besides.
-        planted: Whether the verdict must not be "good".
+        planted: Whether something is wrong on purpose: unless the fit is right all the same, the
+            verdict must not trust it.
         says: The density in words.
     """
 
@@ -120,7 +122,8 @@ def _improper(x):
 
 def hard_targets() -> dict[str, Hard]:
     """All densities, by name."""
-    even, skew, beside = _pair(-4, 4), _pair(-4, 4, 0.8), _pair(0, 8)
+    even, skew = _pair(-4, 4), _pair(-4, 4, 0.8)
+    beside, far = _pair(0, 8), _pair(0, 40)
     narrow = _mixture([1 / 3, 2 / 3], [[1.0] * 6, [-1.0] * 6], [0.1, 0.05])
     funnel = {"view": _view_funnel, "labels": ("v", *(f"x[{i}] e^(−v/2)" for i in range(1, 10)))}
     made = [
@@ -189,6 +192,15 @@ def hard_targets() -> dict[str, Hard]:
             0.0,
             beside[1],
             "½ N(0, I) + ½ N((8, 0), I), every start near the first",
+            planted=True,
+        ),
+        Hard(
+            "two modes, one far off",
+            2,
+            far[0],
+            0.0,
+            far[1],
+            "½ N(0, I) + ½ N((40, 0), I), every start near the first",
             planted=True,
         ),
         Hard(

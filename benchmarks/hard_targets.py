@@ -102,8 +102,10 @@ def right(record: dict) -> bool:
 def judged(record: dict) -> str:
     """Whether the verdict agrees with the truth."""
     trusted = record["verdict"] in ("good", "usable after reweighting")
-    if record["planted"]:
+    if record["planted"] and not right(record):
         return "called what it is" if not trusted else "WRONG: a planted failure was trusted"
+    if record["planted"] and trusted:
+        return "right: it did not fail"
     if trusted:
         return "right" if right(record) else "WRONG: trusted, and off the truth"
     return "distrusted, though it is right" if right(record) else "distrusted, and it is off"

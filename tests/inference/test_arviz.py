@@ -58,6 +58,9 @@ def test_weights_without_a_tail():
     assert np.isfinite(k_hat)
     np.testing.assert_allclose(np.exp(smoothed).sum(), 1)
     assert psis(RNG.normal(size=20))[1] == np.inf
+    smoothed, k_hat = psis(500 * RNG.normal(size=4000))
+    assert k_hat > 5
+    np.testing.assert_allclose(np.exp(smoothed).sum(), 1)
     for bad in (np.nan, np.inf):
         smoothed, k_hat = psis(np.r_[bad, RNG.normal(size=50)])
         assert np.isnan(smoothed).all()

@@ -65,7 +65,9 @@ def _psis_one(log_w: np.ndarray) -> tuple[np.ndarray, float]:
         return plain, math.inf
     if np.partition(log_w, -tail - 1)[-tail - 1] == top:
         return plain, 0.0
-    smoothed, k_hat = load_arviz().psislw(log_w - top)
+    # Quantiles of a hopeless tail overflow; smoothed weights never exceed the largest raw one.
+    with np.errstate(over="ignore"):
+        smoothed, k_hat = load_arviz().psislw(log_w - top)
     return np.asarray(smoothed), float(k_hat)
 
 
