@@ -371,7 +371,7 @@ CHANGES = iter(range(9))
         (with_choice, (), "decides in Python"),
         (with_argument, (), "with_argument cannot be run .* missing 1 required"),
         (lambda: None, (), "no unobserved sample site"),
-        (3, (), "not 3"),
+        (3, (), "not int"),
     ],
 )
 def test_models_that_are_refused(model, args, match):
