@@ -15,8 +15,24 @@ def _cache_of_its_own(tmp_path_factory):
         yield
 
 
+_TESTS_BETWEEN = 25
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_caches():
     """Compiled programs of one module are of no use to the next and only take memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _bounded_maps(request):
+    """Every program takes memory maps, of which Linux grants a process 65,530 by default."""
+    yield
+    done = request.session.stash.get(_DONE, 0) + 1
+    request.session.stash[_DONE] = done
+    if done % _TESTS_BETWEEN == 0:
+        jax.clear_caches()
+
+
+_DONE = pytest.StashKey[int]()

@@ -22,8 +22,9 @@ from laminar.bijections.elementwise import Affine
 from laminar.density import AbstractDistribution, Estimate
 from laminar.flow import Flow
 from laminar.inference.arviz import psis
+from laminar.inference.evaluate import log_densities
 from laminar.inference.target import Target
-from laminar.inference.warmstart import Gaussians
+from laminar.inference.warmstart import Gaussians, generator
 from laminar.mixtures import Mixture
 
 Grade = Literal["good", "usable after reweighting", "do not trust"]
@@ -171,11 +172,10 @@ def assess(
 ) -> Assessment:
     """Draw n times from an approximation and weigh the draws."""
     size = min(n, _CHUNK)
-    parts = [
-        jax.device_get(_weigh(approximation, target.log_density, k, size))
-        for k in jr.split(key, -(-n // size))
-    ]
-    return Assessment(*(np.concatenate(part)[:n] for part in zip(*parts, strict=True)))
+    keys = [jr.fold_in(key, i) for i in range(-(-n // size))]
+    parts = [jax.device_get(_draw(approximation, k, size)) for k in keys]
+    z, log_q = (np.concatenate(part)[:n] for part in zip(*parts, strict=True))
+    return Assessment(z, log_q, log_densities(target.log_density, z, target.dtype))
 
 
 def widen(
@@ -196,12 +196,16 @@ def widen(
         return Mixture(parts, approximation.logits)
     if not isinstance(approximation, Flow):
         raise TypeError(f"cannot widen {approximation.name}")
-    base = approximation.base
-    dim = approximation.shape[0]
-    scale = jnp.asarray(1 + spread / math.sqrt(dim), approximation.dtype)
+    return Flow(_widened(approximation, share, spread), approximation.bijection)
+
+
+@eqx.filter_jit
+def _widened(flow: Flow, share: float, spread: float) -> Frozen:
+    base, (dim,) = flow.base, flow.shape
+    scale = jnp.asarray(1 + spread / math.sqrt(dim), flow.dtype)
     wide = Flow(base, Affine(jnp.zeros((), scale.dtype), scale, shape=(dim,)))
     logits = jnp.log(jnp.asarray([1 - share, share], scale.dtype))
-    return Flow(Frozen(Mixture([base, wide], logits)), approximation.bijection)
+    return Frozen(Mixture([base, wide], logits))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,10 +239,9 @@ def find_gap(
 
 
 @eqx.filter_jit
-def _weigh(approximation, log_density, key, size: int) -> tuple[Array, Array, Array]:
+def _draw(approximation, key, size: int) -> tuple[Array, Array]:
     z, log_q = approximation._sample_and_log_prob(key, (size,))
-    z = z.T
-    return z, log_q, jax.vmap(log_density)(z)
+    return z.T, log_q
 
 
 def missed(
@@ -251,33 +254,35 @@ def missed(
     """Which of the normal laws found by optimisation hold mass that the approximation lacks.
 
     A law g_j is missed where by its own bound, or by importance sampling from it, there is more
-    than a two-hundredth of the mass, and the weights of its draws are on average more than e³ times
-    the usual ones.
+    than a two-hundredth of the mass, and there ln p̃ − ln q is on average more than 3 above the
+    log evidence.
 
     Returns:
         The numbers of such laws, from the highest bound to the lowest.
     """
-    noise = np.asarray(jr.normal(key, (_PROBES, target.dim)), np.float64)
-    draws = jnp.asarray(places.draw(noise), target.dtype)
-    log_p, log_q = jax.device_get(_densities(approximation, target.log_density, draws))
-    log_p = np.where(np.isfinite(log_p), log_p, -np.inf).astype(np.float64)
+    noise = generator(key).standard_normal((_PROBES, target.dim))
+    draws = places.draw(noise)
+    log_p = log_densities(target.log_density, draws.reshape(-1, target.dim), target.dtype)
+    log_p = np.where(np.isfinite(log_p), log_p, -np.inf).reshape(draws.shape[:2])
+    # One place after the other, so that their number compiles nothing anew.
+    there = [_log_q(approximation, jnp.asarray(z, target.dtype)) for z in draws]
+    log_q = np.stack(jax.device_get(there)).astype(np.float64)
     # The mass at a place by its own draws; the bound alone is too low where it is not normal.
     ratios = log_p - places.log_prob(noise)
-    mass = np.maximum(places.elbos, np.logaddexp.reduce(ratios, 1) - math.log(_PROBES))
-    alive = np.isfinite(log_p)
+    found = np.logaddexp.reduce(ratios, 1)
+    mass = np.maximum(places.elbos, found - math.log(_PROBES))
     with np.errstate(invalid="ignore"):
         # No density at all, or NaN, is as little as there can be.
         lacking = np.where(np.isnan(log_q) | (log_q == -np.inf), _FAR, log_p - log_q)
-    excess = np.where(alive, lacking, 0).sum(1) / np.maximum(alive.sum(1), 1) - log_evidence
+        # Over the mass, not over the law's draws: a poor law has draws where there is nothing.
+        shares = np.exp(ratios - found[:, None])
+        excess = np.where(shares > 0, shares * lacking, 0).sum(1) - log_evidence
     return np.flatnonzero((mass - log_evidence > _LEAST_MASS) & (excess > _MISSED))
 
 
 @eqx.filter_jit
-def _densities(approximation, log_density, draws: Array) -> tuple[Array, Array]:
-    def of_place(z):
-        return jax.vmap(log_density)(z), approximation._log_prob(z.T)
-
-    return jax.lax.map(of_place, draws)
+def _log_q(approximation, z: Array) -> Array:
+    return approximation._log_prob(z.T)
 
 
 def judge(

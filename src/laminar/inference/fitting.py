@@ -25,7 +25,8 @@ import numpy as np
 from laminar import zoo
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, positive_inverse
-from laminar._typing import PRNGKeyArray, PyTree
+from laminar._typing import Array, PRNGKeyArray, PyTree
+from laminar.bijections.base import AbstractBijection
 from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.linear import Triangular
@@ -45,7 +46,7 @@ from laminar.inference.assessment import (
     widen,
 )
 from laminar.inference.posterior import Posterior
-from laminar.inference.target import Target, as_target
+from laminar.inference.target import STARTS, Target, as_target
 from laminar.inference.warmstart import Gaussians, find_gaussians
 from laminar.mixtures import Mixture
 from laminar.objectives import forward_kl, reverse_kl
@@ -123,7 +124,7 @@ def fit_posterior(
     ):
         check_count(name, value, least)
     made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
-    keys = jr.split(key, 8)
+    keys = _children(key, 8)
     check_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key = keys
     limit = None if time_limit is None else begun + time_limit
     fitter = _Fitter(made, flow, steps, samples, limit, progress)
@@ -131,7 +132,9 @@ def fit_posterior(
         # Before any work, so that what does not fit is said at once.
         fitter.build(fit_key, made.dim)
     odd = made.check(check_key)
-    places = find_gaussians(climb_key, made.log_density, made.start(start_key, starts))
+    # As many as are checked, since they cost nothing and their number would be compiled anew.
+    begin = np.asarray(made.start(start_key, max(starts, STARTS)))[:starts]
+    places = find_gaussians(climb_key, made.log_density, begin)
     approximation = fitter.run(fit_key, places, modes)
     own = assess(draw_key, approximation, made, draws)
     proposal, found = fitter.defend(mix_key, approximation, own)
@@ -149,6 +152,11 @@ def fit_posterior(
         remarks=odd,
         seconds=time.monotonic() - begun,
     )
+
+
+def _children(key: PRNGKeyArray, count: int) -> list[PRNGKeyArray]:
+    """Independent keys; `jax.random.split` would be compiled once for each count."""
+    return [jr.fold_in(key, i) for i in range(count)]
 
 
 def _check_key(key: Any) -> None:
@@ -179,7 +187,7 @@ class _Fitter:
         parts, evidences = [], []
         left, tried = [0], []
         while left and len(parts) < modes and not (parts and self._late()):
-            key, fit_key, look_key = jr.split(key, 3)
+            key, fit_key, look_key = _children(key, 3)
             part, found = self._fit_one(fit_key, places.one(left[0]))
             tried.append(left[0])
             parts.append(part)
@@ -196,7 +204,7 @@ class _Fitter:
         if own.k_hat < GOOD:
             return approximation, own
         wide = widen(approximation, *_DEFENCE)
-        trial_key, final_key = jr.split(key)
+        trial_key, final_key = _children(key, 2)
         trial = assess(trial_key, wide, self.target, len(own.log_q))
         if (trial.k_hat < USABLE, trial.k_hat < GOOD) <= (own.k_hat < USABLE, False):
             return approximation, own
@@ -208,7 +216,7 @@ class _Fitter:
 
     def _fit_one(self, key: PRNGKeyArray, place: Gaussians) -> tuple[Flow, Assessment]:
         """The flow that begins at one normal law, as far as it has to be trained."""
-        build_key, look_key, last_key, *round_keys = jr.split(key, len(_ROUNDS) + 3)
+        build_key, look_key, last_key, *round_keys = _children(key, len(_ROUNDS) + 3)
         first = self._look(look_key, self._cast(_over(None, place)))
         if self.flow == "auto" and first.suffices:
             return first.flow, first.found
@@ -237,7 +245,7 @@ class _Fitter:
         return Flow(best.flow.base, again.bijection), refined.found
 
     def _look(self, key: PRNGKeyArray, flow: Any) -> "_Look":
-        own, wide = jr.split(key)
+        own, wide = _children(key, 2)
         return _Look(flow, assess(own, flow, self.target, _TRIAL), self.target, wide)
 
     def _train(self, key: PRNGKeyArray, flow: Flow, objective, steps: int, rate: float) -> Flow:
@@ -349,19 +357,18 @@ class _Look:
 
 def _over(inner: Flow | None, place: Gaussians) -> Flow:
     """A flow in coordinates in which a normal law is the standard one."""
-    dim = place.means.shape[1]
-    if place.dense:
-        factor = place.factors[0]
-        diagonal = positive_inverse(jnp.asarray(np.diagonal(factor)))
-        raw = jnp.tril(jnp.asarray(factor), -1) + jnp.diag(diagonal)
-        whiten = eqx.tree_at(
-            lambda t: (t.raw, t.shift), Triangular(dim), (raw, jnp.asarray(place.means[0]))
-        )
-    else:
-        whiten = Affine(jnp.asarray(place.means[0]), jnp.asarray(place.factors[0]))
+    whiten = _whitener(place.means[0], place.factors[0])
     if inner is None:
-        return Flow(Normal(dim), whiten)
+        return Flow(Normal(len(place.means[0])), whiten)
     return Flow(inner.base, Chain([inner._map, whiten]))
+
+
+@jax.jit
+def _whitener(mean: Array, factor: Array) -> AbstractBijection:
+    if factor.ndim == 1:
+        return Affine(mean, factor)
+    raw = jnp.tril(factor, -1) + jnp.diag(positive_inverse(jnp.diag(factor)))
+    return eqx.tree_at(lambda t: (t.raw, t.shift), Triangular(len(mean)), (raw, mean))
 
 
 def _linear_tail(flow: Flow, dim: int) -> Flow:

@@ -19,6 +19,7 @@ import numpy as np
 
 from laminar._errors import InputError, ShapeError
 from laminar._typing import Array, PRNGKeyArray, PyTree, Shape
+from laminar.inference.evaluate import slopes
 from laminar.inference.models import open_model
 from laminar.inference.supports import (
     Leaf,
@@ -30,7 +31,7 @@ from laminar.inference.supports import (
     spread_supports,
 )
 
-_STARTS = 64
+STARTS = 64
 _TOLERATED = 0.2
 """The part of the starting points, far from the mass as some are, that may fail numerically."""
 
@@ -136,7 +137,7 @@ class Target:
         """Dispersed starting points, ``(n, D)``: uniform on [−2, 2]^D where nothing is known."""
         return self.way.start(key, n, self.dtype)
 
-    def check(self, key: PRNGKeyArray, n: int = _STARTS) -> tuple[str, ...]:
+    def check(self, key: PRNGKeyArray, n: int = STARTS) -> tuple[str, ...]:
         """Look for what would make inference fail, at n starting points.
 
         Args:
@@ -151,14 +152,14 @@ class Target:
                 the starting points, zero at all of them, or does not depend on a parameter; the
                 message says where.
         """
-        z = self.start(key, n)
+        z = np.asarray(self.start(key, n))
         try:
-            values, gradients = jax.device_get(_values_and_gradients(self, z))
+            values, gradients = slopes(self.log_density, z, self.dtype)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise InputError(
                 f"The log density cannot be differentiated: {_first_line(error)}"
             ) from error
-        return _judge(self, np.asarray(z), values, gradients)
+        return _judge(self, z, values, gradients)
 
     def _vectors(self, z: Array) -> Array:
         if jnp.shape(z)[-1:] != (self.dim,):
@@ -351,11 +352,6 @@ def _unconstrain(target: Target, batch: Shape, arrays: list[Array]) -> Array:
     pairs = zip(target.leaves, arrays, strict=True)
     flat = [x.reshape(-1, *leaf.shape) for leaf, x in pairs]
     return jax.vmap(target.way.unconstrain)(flat).reshape(*batch, target.dim)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _values_and_gradients(target: Target, z: Array) -> tuple[Array, Array]:
-    return jax.vmap(jax.value_and_grad(target.log_density))(z)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,27 +5,34 @@ curvature at several points, and the one with the highest bound on the evidence 
 Pathfinder, Zhang et al. 2022, with exact Hessians in place of the estimates of L-BFGS; the last
 point gives Laplace's approximation). The kept ones serve twice: the best is the flow's first shape,
 and all of them are places that the finished approximation is tried at.
+
+All climbs go on side by side on the host, where linear algebra in double precision costs nothing to
+compile; only the log density and its derivatives are compiled.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
-from jax import lax
 
-from laminar._typing import Array, PRNGKeyArray
+from laminar._typing import PRNGKeyArray
+from laminar.inference.evaluate import (
+    LogDensity,
+    curvatures,
+    diagonal_curvatures,
+    log_densities,
+    slopes,
+)
 
-_STEPS = 200
+_STEPS, _TRIES = 200, 500
+_MEMORY = 10
 _MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Points of a climb at which the curvature is taken, as fractions of its length."""
 _POLISHING = 12
 _DRAWS = 64
 _MOST_DENSE = 400
-_PROBES = 32
 _WIDEST = 1e6
 _APART = 3.0
 
@@ -66,44 +73,222 @@ class Gaussians(NamedTuple):
         return -0.5 * np.square(noise).sum(1)[None] - norm[:, None]
 
 
-def find_gaussians(
-    key: PRNGKeyArray, log_density: Callable[[Array], Array], starts: Array
-) -> Gaussians:
+def find_gaussians(key: PRNGKeyArray, log_density: LogDensity, starts: Any) -> Gaussians:
     """The best normal law along the climb from each start, best first, near-equal ones left out.
 
     Args:
         key: Draws the noise under which all candidates are compared.
         log_density: Of one vector ``(D,)``; it must hash, as compiled programs are kept by it.
-        starts: ``(S, D)``.
+        starts: ``(S, D)``, in the dtype in which the log density is evaluated.
 
     Returns:
         At least one law: where no candidate has a finite bound, the standard normal at the start
         of the highest density.
     """
-    noise_key, probe_key = jr.split(key)
-    points = _climb(log_density, starts)
-    if starts.shape[1] <= _MOST_DENSE:
-        tops = _polish(log_density, points[:, -1])
-        points = jnp.concatenate([points, tops[:, None]], axis=1)
-    means, factors = _candidates(log_density, points, probe_key)
-    noise = jnp.asarray(_even_noise(noise_key, starts.shape[1]), starts.dtype)
-    elbos = _bounds(log_density, means, factors, noise)
-    means, factors, elbos = (np.asarray(a, np.float64) for a in (means, factors, elbos))
-    count = len(starts)
-    elbos = elbos.reshape(count, -1)
-    best = np.argmax(np.where(np.isnan(elbos), -np.inf, elbos), 1)
+    noise = generator(key)
+    hill = _Hill(log_density, starts.dtype)
+    count, dim = starts.shape
+    points = _climb(hill, np.asarray(starts, np.float64))
+    if dim <= _MOST_DENSE:
+        points = np.concatenate([points, _polish(hill, points[:, -1])[:, None]], 1)
+    means, factors = _candidates(hill, points.reshape(-1, dim), noise)
+    elbos = _bounds(hill, means, factors, _even_noise(noise, dim)).reshape(count, -1)
+    best = np.argmax(elbos, 1)
     rows = np.arange(count)
-    means = means.reshape(count, -1, means.shape[-1])[rows, best]
+    means = means.reshape(count, -1, dim)[rows, best]
     factors = factors.reshape(count, elbos.shape[1], *factors.shape[1:])[rows, best]
     return _distinct(Gaussians(means, factors, elbos[rows, best]))
 
 
-def _even_noise(key: PRNGKeyArray, dim: int) -> np.ndarray:
+def generator(key: PRNGKeyArray) -> np.random.Generator:
+    """NumPy's generator of the same randomness, for noise that nothing need be compiled for."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.random.default_rng(np.asarray(jr.key_data(key) if typed else key))
+
+
+class _Hill(NamedTuple):
+    """The log density upside down, a high plateau where it is not finite."""
+
+    log_density: LogDensity
+    dtype: Any
+
+    def __call__(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Heights ``(N,)`` and slopes ``(N, D)``."""
+        height, slope = slopes(self.log_density, z, self.dtype)
+        return np.where(np.isfinite(height), -height, np.inf), np.where(
+            np.isfinite(slope), -slope, 0
+        )
+
+    def axes(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Principal axes at points, in columns, and the standard deviations along them.
+
+        A saddle is as wide as it is steep, and nothing is flat.
+        """
+        hessian = -curvatures(self.log_density, z, self.dtype)
+        curvature, axes = np.linalg.eigh(np.where(np.isfinite(hessian), hessian, 0))
+        return axes, _width(curvature)
+
+
+def _width(curvature: np.ndarray) -> np.ndarray:
+    """Standard deviations from curvatures, which may be negative or zero."""
+    return 1 / np.sqrt(np.maximum(np.abs(curvature), _WIDEST**-2))
+
+
+def _newton(axes: np.ndarray, width: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """Steps (A diag(w²) Aᵀ) g of all points."""
+    return np.einsum("nij,nj->ni", axes, width**2 * np.einsum("nij,ni->nj", axes, slope))
+
+
+class _Memory:
+    """The last steps of each climb and the changes of slope over them, for L-BFGS."""
+
+    def __init__(self, count: int, dim: int):
+        self.steps = np.zeros((_MEMORY, count, dim))
+        self.changes = np.zeros((_MEMORY, count, dim))
+        self.inverse = np.zeros((_MEMORY, count))
+        self.scale = np.zeros(count)
+
+    def add(self, rows: np.ndarray, step: np.ndarray, change: np.ndarray) -> None:
+        """Remember the steps of some climbs, except where the slope did not rise along them."""
+        product = (step * change).sum(1)
+        square = np.square(change).sum(1)
+        useful = product > 1e-10 * np.sqrt(square * np.square(step).sum(1))
+        rows, step, change = rows[useful], step[useful], change[useful]
+        product, square = product[useful], square[useful]
+        for memory, new in (
+            (self.steps, step),
+            (self.changes, change),
+            (self.inverse, 1 / product),
+        ):
+            memory[:-1, rows] = memory[1:, rows]
+            memory[-1, rows] = new
+        self.scale[rows] = product / square
+
+    def direction(self, slope: np.ndarray) -> np.ndarray:
+        """The way down from slopes ``(S, D)``; the first step has length one at most."""
+        left, weights = slope.copy(), np.zeros_like(self.inverse)
+        for i in range(_MEMORY - 1, -1, -1):
+            weights[i] = self.inverse[i] * (self.steps[i] * left).sum(1)
+            left -= weights[i][:, None] * self.changes[i]
+        short = 1 / np.maximum(1, np.linalg.norm(slope, axis=1))
+        left *= np.where(self.scale > 0, self.scale, short)[:, None]
+        for i in range(_MEMORY):
+            back = self.inverse[i] * (self.changes[i] * left).sum(1)
+            left += (weights[i] - back)[:, None] * self.steps[i]
+        return -left
+
+
+def _climb(hill: _Hill, starts: np.ndarray) -> np.ndarray:
+    """Points of the climbs from all starts, ``(S, marks, D)``: L-BFGS with weak Wolfe steps.
+
+    The length of a step is bracketed by halving and doubling (Lewis & Overton 2013), which asks
+    nothing of the log density beyond a value.
+    """
+    count, dim = starts.shape
+    z = starts.copy()
+    height, slope = hill(z)
+    memory, trails = _Memory(count, dim), [[row] for row in starts]
+    way = memory.direction(slope)
+    low, high, length = np.zeros(count), np.full(count, np.inf), np.ones(count)
+    tries, alive = np.zeros(count, int), np.isfinite(height)
+    rounding = 10 * np.finfo(hill.dtype).eps
+    for _ in range(_TRIES):
+        if not alive.any():
+            break
+        new = z + length[:, None] * way
+        new_height, new_slope = hill(new)
+        fall = (slope * way).sum(1)
+        lower = new_height <= height + 1e-4 * length * fall + rounding * np.abs(height)
+        short = lower & ((new_slope * way).sum(1) < 0.9 * fall) & (tries < 12)
+        tries += 1
+        high, low = np.where(lower, high, length), np.where(short, length, low)
+        length = np.where(np.isinf(high), 2 * length, 0.5 * (low + high))
+        rows = np.flatnonzero(alive & lower & ~short)
+        moved = new[rows] - z[rows]
+        memory.add(rows, moved, new_slope[rows] - slope[rows])
+        for row in rows:
+            trails[row].append(new[row])
+        far = np.abs(moved).max(1, initial=0) > 1e-4 * (1 + np.abs(z[rows]).max(1, initial=0))
+        z[rows], height[rows], slope[rows] = new[rows], new_height[rows], new_slope[rows]
+        way[rows] = memory.direction(slope)[rows]
+        low[rows], high[rows], length[rows], tries[rows] = 0, np.inf, 1, 0
+        alive[rows] = far & np.array([len(trails[row]) <= _STEPS for row in rows], bool)
+        alive &= tries < 40
+    return np.stack([_marked(trail) for trail in trails])
+
+
+def _marked(trail: list[np.ndarray]) -> np.ndarray:
+    """The marked points of one climb, the start left out where there is another."""
+    steps = max(len(trail) - 1, 1)
+    at = [min(int(np.ceil(mark * steps)), len(trail) - 1) for mark in _MARKS]
+    return np.stack([trail[i] for i in at])
+
+
+def _polish(hill: _Hill, points: np.ndarray) -> np.ndarray:
+    """Points ``(S, D)`` a few Newton steps farther down, each as long as it leads down.
+
+    L-BFGS alone stops short where scales differ by many orders of magnitude.
+    """
+    z = points.copy()
+    height, slope = hill(z)
+    alive = np.isfinite(height)
+    for _ in range(_POLISHING):
+        move = _newton(*hill.axes(z), slope)
+        before, open_ = height.copy(), alive.copy()
+        for length in 0.25 ** np.arange(6):
+            new = z - length * move
+            new_height, new_slope = hill(new)
+            down = open_ & (new_height < height)
+            z[down], height[down], slope[down] = new[down], new_height[down], new_slope[down]
+            open_ &= ~down
+            if not open_.any():
+                break
+        alive &= before - height > 1e-6
+        if not alive.any():
+            break
+    return z
+
+
+def _candidates(
+    hill: _Hill, points: np.ndarray, noise: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normal laws with the curvature at points ``(N, D)``, centred there and a Newton step on.
+
+    Returns:
+        Means ``(2·N, D)`` and factors, the two of one point beside each other.
+    """
+    slope = hill(points)[1]
+    if points.shape[1] <= _MOST_DENSE:
+        axes, width = hill.axes(points)
+        newton = points - _newton(axes, width, slope)
+        # The factor R of the covariance A diag(w²) Aᵀ = Rᵀ R is triangular.
+        upper = np.linalg.qr(width[:, :, None] * np.swapaxes(axes, 1, 2), mode="r")
+        signs = np.sign(np.diagonal(upper, axis1=1, axis2=2))
+        factors = np.swapaxes(upper, 1, 2) * signs[:, None]
+    else:
+        curvature = -diagonal_curvatures(hill.log_density, points, hill.dtype, noise)
+        factors = _width(np.where(np.isfinite(curvature), curvature, 0))
+        newton = points - factors**2 * slope
+    means = np.stack([points, newton], 1)
+    return means.reshape(-1, points.shape[1]), np.repeat(factors, 2, 0)
+
+
+def _bounds(hill: _Hill, means: np.ndarray, factors: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """The bound E[ln p − ln q] of each law, −∞ where a draw has no density or there is a NaN."""
+    laws = Gaussians(means, factors, np.zeros(len(means)))
+    log_p = log_densities(
+        hill.log_density, laws.draw(noise).reshape(-1, noise.shape[1]), hill.dtype
+    )
+    elbos = (log_p.reshape(len(means), -1) - laws.log_prob(noise)).mean(1)
+    return np.where(np.isfinite(elbos), elbos, -np.inf)
+
+
+def _even_noise(noise: np.random.Generator, dim: int) -> np.ndarray:
     """Standard normal draws of mean zero and, as far as they suffice, of unit covariance exactly.
 
     The bound of a law for a normal target is then exact, so that chance does not choose the law.
     """
-    half = np.asarray(jr.normal(key, (_DRAWS // 2, dim)), np.float64)
+    half = noise.standard_normal((_DRAWS // 2, dim))
     if dim <= _DRAWS // 4:
         half = np.linalg.solve(np.linalg.cholesky(half.T @ half / len(half)), half.T).T
     else:
@@ -132,172 +317,3 @@ def _distance(found: Gaussians, i: int, j: int) -> float:
         return np.linalg.solve(factor, apart) if found.dense else apart / factor
 
     return float(max(np.linalg.norm(scaled(i)), np.linalg.norm(scaled(j))))
-
-
-def _safe(log_density: Callable[[Array], Array]):
-    """The negative log density with a high plateau in place of what is not finite."""
-
-    def value(z):
-        log_p = log_density(z)
-        ceiling = float(np.sqrt(np.finfo(np.dtype(log_p.dtype)).max))
-        sound = jnp.isfinite(log_p)
-        return jnp.where(sound, -jnp.where(sound, log_p, 0), ceiling)
-
-    def value_and_grad(z):
-        height, slope = jax.value_and_grad(value)(z)
-        return height, jnp.where(jnp.isfinite(slope), slope, 0)
-
-    return value, value_and_grad
-
-
-@jax.jit(static_argnums=0)
-def _climb(log_density: Callable[[Array], Array], starts: Array) -> Array:
-    """Points of the climbs from all starts, ``(S, marks, D)``."""
-    value, value_and_grad = _safe(log_density)
-    optimiser = optax.lbfgs(
-        memory_size=10, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=15)
-    )
-
-    def climb(start):
-        def step(carry):
-            i, z, state, trail, _ = carry
-            height, slope = value_and_grad(z)
-            updates, state = optimiser.update(
-                slope, state, z, value=height, grad=slope, value_fn=value
-            )
-            move = cast(Array, updates)
-            new = z + jnp.where(jnp.isfinite(move), move, 0)
-            moved = jnp.abs(new - z).max() > 1e-4 * (1 + jnp.abs(z).max())
-            return i + 1, new, state, trail.at[i].set(new), moved
-
-        def unfinished(carry):
-            return (carry[0] < _STEPS) & carry[-1]
-
-        trail = jnp.zeros((_STEPS, *start.shape), start.dtype)
-        first = (jnp.zeros((), jnp.int32), start, optimiser.init(start), trail, jnp.asarray(True))
-        count, _, _, trail, _ = lax.while_loop(unfinished, step, first)
-        marks = jnp.asarray(_MARKS, jnp.float32) * count.astype(jnp.float32)
-        return trail[jnp.clip(jnp.ceil(marks).astype(jnp.int32) - 1, 0, _STEPS - 1)]
-
-    # Optax mixes dtypes, which a user's strict settings may forbid.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return jax.vmap(climb)(starts)
-
-
-@jax.jit(static_argnums=0)
-def _candidates(
-    log_density: Callable[[Array], Array], points: Array, key: PRNGKeyArray
-) -> tuple[Array, Array]:
-    """Normal laws with the curvature at points ``(S, M, D)``, centred there and a Newton step on.
-
-    Returns:
-        Means ``(2·S·M, D)`` and factors, the two of one point beside each other.
-    """
-    value, value_and_grad = _safe(log_density)
-    dim = points.shape[-1]
-
-    def dense(z):
-        axes, width = _shape(value, z)
-        newton = z - _newton(axes, width, value_and_grad(z)[1])
-        # The factor R of the covariance A diag(w²) Aᵀ = Rᵀ R is triangular.
-        upper = jnp.linalg.qr((axes * width[None]).T, mode="r")
-        lower = upper.T * jnp.sign(jnp.diagonal(upper))[None]
-        return jnp.stack([z, newton]), jnp.stack([lower, lower])
-
-    def diagonal(z):
-        slope = value_and_grad(z)[1]
-        signs = jr.rademacher(key, (_PROBES, dim), z.dtype)
-
-        forward = _allows_forward(jax.grad(value), z)
-        step = jnp.cbrt(jnp.finfo(z.dtype).eps).astype(z.dtype)
-
-        def product(v):
-            if forward:
-                return v * jax.jvp(jax.grad(value), (z,), (v,))[1]
-            ahead, behind = (jax.grad(value)(z + sign * step * v) for sign in (1, -1))
-            return v * (ahead - behind) / (2 * step)
-
-        curvature = lax.map(product, signs).mean(0)
-        width = _width(jnp.where(jnp.isfinite(curvature), curvature, 0))
-        return jnp.stack([z, z - width**2 * slope]), jnp.stack([width, width])
-
-    law = dense if dim <= _MOST_DENSE else diagonal
-    means, factors = lax.map(law, points.reshape(-1, dim))
-    return means.reshape(-1, dim), factors.reshape(-1, *factors.shape[2:])
-
-
-def _shape(value: Callable[[Array], Array], z: Array) -> tuple[Array, Array]:
-    """Principal axes at a point, in columns, and the standard deviations along them.
-
-    A saddle is as wide as it is steep, and nothing is flat.
-    """
-    slope = jax.grad(value)
-    if _allows_forward(slope, z):
-        hessian = jax.jacfwd(slope)(z)
-    else:
-        # Central differences: what defines its own reverse mode, as an ODE's adjoint, has no other.
-        step = jnp.cbrt(jnp.finfo(z.dtype).eps).astype(z.dtype) * (1 + jnp.abs(z))
-        away = jnp.diag(step)
-        ahead, behind = jax.vmap(slope)(z[None] + away), jax.vmap(slope)(z[None] - away)
-        hessian = (ahead - behind) / (2 * step[:, None])
-    hessian = jnp.where(jnp.isfinite(hessian), hessian, 0)
-    curvature, axes = jnp.linalg.eigh(0.5 * (hessian + hessian.T))
-    return axes, _width(curvature)
-
-
-def _allows_forward(function: Callable[[Array], Array], z: Array) -> bool:
-    try:
-        jax.eval_shape(jax.jacfwd(function), z)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        return False
-    return True
-
-
-def _newton(axes: Array, width: Array, slope: Array) -> Array:
-    return axes @ (width**2 * (axes.T @ slope))
-
-
-@jax.jit(static_argnums=0)
-def _polish(log_density: Callable[[Array], Array], points: Array) -> Array:
-    """Points ``(S, D)`` a few Newton steps farther down, each as long as serves best.
-
-    L-BFGS alone stops short where scales differ by many orders of magnitude.
-    """
-    value, value_and_grad = _safe(log_density)
-    lengths = jnp.asarray([0.0, *(0.25**i for i in range(6))], points.dtype)
-
-    def step(z, _):
-        move = _newton(*_shape(value, z), value_and_grad(z)[1])
-        tries = z[None] - lengths[:, None] * move[None]
-        heights = jax.vmap(value)(tries)
-        return tries[jnp.argmin(heights)], None
-
-    return lax.map(lambda z: lax.scan(step, z, length=_POLISHING)[0], points)
-
-
-def _width(curvature: Array) -> Array:
-    """Standard deviations from curvatures, which may be negative or zero."""
-    return lax.rsqrt(jnp.maximum(jnp.abs(curvature), _WIDEST**-2))
-
-
-@jax.jit(static_argnums=0)
-def _bounds(
-    log_density: Callable[[Array], Array], means: Array, factors: Array, noise: Array
-) -> Array:
-    """The bound E[ln p − ln q] of each law, −∞ where a draw has no density or there is a NaN."""
-    dim = means.shape[-1]
-    entropy = 0.5 * dim * (1 + np.log(2 * np.pi))
-
-    def bound(law):
-        mean, factor = law
-        if factor.ndim == 2:
-            draws, diagonal = mean[None] + noise @ factor.T, jnp.diagonal(factor)
-        else:
-            draws, diagonal = mean[None] + noise * factor[None], factor
-        log_p = jax.vmap(log_density)(draws)
-        elbo = log_p.mean() + jnp.log(jnp.abs(diagonal)).sum() + entropy
-        return jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf)
-
-    return lax.map(bound, (means, factors))
