@@ -57,7 +57,8 @@ Builder = Callable[[int, PRNGKeyArray], Flow]
 _TRIAL = 4_000
 _MANY, _NEARLY_ALL = 0.6, 0.95
 _DEFENCE = (0.15, 1.5)
-_ROUNDS = (1 / 6, 1 / 3, 1 / 2)
+_ROUNDS = (1 / 12, 1 / 4, 2 / 3)
+_REFINING = (1 / 12, 1 / 4)
 _RATE, _REFINING_RATE = 5e-3, 1e-3
 _MOST_COUPLED = 64
 
@@ -234,15 +235,20 @@ class _Fitter:
             return best.flow, best.found
         # With a wider part the weights may do; if not, both are trained on the target's draws.
         wide = self._look(look_key, widen(best.flow, *_DEFENCE))
-        if wide.suffices or self._late():
+        light = best.close and wide.found.k_hat < USABLE and not wide.gap.significant
+        if wide.suffices or light or self._late():
             return best.flow, wide.found
         objective = forward_kl(self.target.log_density, 4 * self.samples)
-        count = round(self.steps * _ROUNDS[1])
-        again = self._train(last_key, wide.flow, objective, count, _REFINING_RATE)
-        refined = self._look(look_key, again)
+        refined = wide
+        for part, round_key in zip(_REFINING, _children(last_key, len(_REFINING)), strict=True):
+            count = round(self.steps * part)
+            again = self._train(round_key, refined.flow, objective, count, _REFINING_RATE)
+            refined = self._look(look_key, again)
+            if refined.suffices or self._late():
+                break
         if refined.rank < wide.rank:
             return best.flow, wide.found
-        return Flow(best.flow.base, again.bijection), refined.found
+        return Flow(best.flow.base, refined.flow.bijection), refined.found
 
     def _look(self, key: PRNGKeyArray, flow: Any) -> "_Look":
         own, wide = _children(key, 2)
@@ -284,7 +290,8 @@ class _Fitter:
                 f"flow is {kind!r}; choose 'auto', {', '.join(map(repr, _BUILDERS))}, or give a "
                 "function (dim, key) -> Flow."
             )
-        return _BUILDERS[kind](dim, key)
+        # One program in place of the hundred small ones that initialisation would compile.
+        return eqx.filter_jit(_BUILDERS[kind])(dim, key)
 
     def _cast(self, tree: Any) -> Any:
         """A flow in the target's dtype."""
