@@ -124,6 +124,8 @@ def hard_targets() -> dict[str, Hard]:
     """All densities, by name."""
     even, skew = _pair(-4, 4), _pair(-4, 4, 0.8)
     beside, far = _pair(0, 8), _pair(0, 40)
+    ten, thirty_two = _pair(0, 40, dim=10), _pair(0, 40, dim=32)
+    spread = _pair(-4, 4, dim=32)
     narrow = _mixture([1 / 3, 2 / 3], [[1.0] * 6, [-1.0] * 6], [0.1, 0.05])
     funnel = {"view": _view_funnel, "labels": ("v", *(f"x[{i}] e^(−v/2)" for i in range(1, 10)))}
     made = [
@@ -153,6 +155,14 @@ def hard_targets() -> dict[str, Hard]:
             0.0,
             narrow[1],
             "⅓ N(1, 0.1² I) + ⅔ N(−1, 0.05² I) in six dimensions (in the manner of Neal 2001)",
+        ),
+        Hard(
+            "two modes in 32 dimensions",
+            32,
+            spread[0],
+            0.0,
+            spread[1],
+            "½ N(−4 e_0, I) + ½ N(4 e_0, I)",
         ),
         Hard(
             "funnel, too small a flow",
@@ -191,17 +201,20 @@ def hard_targets() -> dict[str, Hard]:
             beside[0],
             0.0,
             beside[1],
-            "½ N(0, I) + ½ N((8, 0), I), every start near the first",
+            "½ N(0, I) + ½ N((8, 0), I), most starts near the first",
             planted=True,
         ),
-        Hard(
-            "two modes, one far off",
-            2,
-            far[0],
-            0.0,
-            far[1],
-            "½ N(0, I) + ½ N((40, 0), I), every start near the first",
-            planted=True,
+        *(
+            Hard(
+                f"two modes, one far off ({dim})",
+                dim,
+                pair[0],
+                0.0,
+                pair[1],
+                f"½ N(0, I) + ½ N(40 e_0, I) in {dim} dimensions, every start near the first",
+                planted=True,
+            )
+            for dim, pair in ((2, far), (10, ten), (32, thirty_two))
         ),
         Hard(
             "improper",

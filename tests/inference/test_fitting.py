@@ -17,6 +17,7 @@ from laminar.flow import Flow
 from laminar.inference import Assessment, as_target, fit_posterior
 from laminar.inference.assessment import Gap, assess, find_gap, judge, missed, widen
 from laminar.inference.fitting import _Fitter
+from laminar.inference.walk import NO_DRIFT
 from laminar.inference.warmstart import Gaussians, find_gaussians
 from laminar.report.posterior import plot_posterior
 
@@ -128,7 +129,7 @@ def test_a_lost_mode_is_never_called_good(mixed):
     evidence = float(found.log_evidence.value)
     lost = missed(jr.key(1), one, mixed.target, mixed.places, evidence)
     assert len(lost) == 1
-    verdict = judge(mixed.target, found, found, Gap(0.0, 0.0), mixed.places, lost)
+    verdict = judge(mixed.target, found, found, Gap(0.0, 0.0), NO_DRIFT, mixed.places, lost)
     assert verdict.grade == "do not trust"
     assert "misses" in str(verdict)
     assert len(missed(jr.key(1), mixed.flow, mixed.target, mixed.places, 0.0)) == 0
@@ -141,17 +142,18 @@ def test_too_narrow_an_approximation_is_never_called_good():
         flow = Flow(Normal((4,)), Affine(jnp.zeros(4), jnp.full(4, scale)))
         found = assess(jr.key(0), flow, target, 4_000)
         gap = find_gap(jr.key(1), flow, target, found)
-        assert judge(target, found, found, gap, places, np.array([], int)).grade == grade
+        assert judge(target, found, found, gap, NO_DRIFT, places, np.array([], int)).grade == grade
         assert gap.value > 0.1 if scale < 1 else not gap.significant
     # Two fifths too narrow, which the weights of its own draws do not tell as clearly.
     found = Assessment(np.zeros((1_000, 4)), np.zeros(1_000), np.zeros(1_000))
-    assert judge(target, found, found, Gap(0.2, 0.01), places, []).grade == "do not trust"
+    assert judge(target, found, found, Gap(0.2, 0.01), NO_DRIFT, places, []).grade == "do not trust"
     assert (
-        judge(target, found, found, Gap(0.03, 0.001), places, []).grade
+        judge(target, found, found, Gap(0.03, 0.001), NO_DRIFT, places, []).grade
         == "usable after reweighting"
     )
     assert (
-        judge(target, found, found, Gap(0.0, 0.0), places, [], ["It fled."]).grade == "do not trust"
+        judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, [], ["Fled."]).grade
+        == "do not trust"
     )
 
 
@@ -161,12 +163,12 @@ def test_a_wider_proposal_makes_an_approximation_usable_not_good():
     narrow = Flow(Normal((2,)), Affine(jnp.zeros(2), jnp.full(2, 0.6)))
     own = assess(jr.key(0), narrow, target, 4_000)
     assert own.k_hat >= 0.5
-    fitter = _Fitter(target, "auto", 6, 2, None, False)
+    fitter = _Fitter(target, "auto", 6, 2, None, None, False)
     proposal, found = fitter.defend(jr.key(1), narrow, own)
     assert proposal is not narrow
     assert found.k_hat < 0.5
     assert float(found.log_evidence.value) == pytest.approx(np.log(2 * np.pi), abs=0.05)
-    verdict = judge(target, own, found, Gap(0.0, 0.0), places, [])
+    verdict = judge(target, own, found, Gap(0.0, 0.0), NO_DRIFT, places, [])
     assert verdict.grade == "usable after reweighting"
     assert "mixed with wider draws" in str(verdict)
     exact = Flow(Normal((2,)), Affine(jnp.zeros(2), jnp.ones(2)))
@@ -185,13 +187,15 @@ def test_weights_of_draws_that_fail_or_fall_outside():
     assert float(found.log_evidence.value) == pytest.approx(np.log(0.899))
     target = as_target(square, example=1)
     places = Gaussians(np.zeros((1, 1)), np.eye(1)[None], np.zeros(1))
-    verdict = judge(target, found, found, Gap(0.0, 0.0), places, [])
+    verdict = judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, [])
     assert verdict.grade == "do not trust"
     assert "NaN or +∞ at 1 of 1,000" in str(verdict)
     nothing = Assessment(np.zeros((50, 1)), np.zeros(50), np.full(50, -np.inf))
     assert nothing.k_hat == np.inf
     assert nothing.ess == 0
-    assert judge(target, nothing, nothing, Gap(0.0, 0.0), places, []).grade == "do not trust"
+    assert (
+        judge(target, nothing, nothing, Gap(0.0, 0.0), NO_DRIFT, places, []).grade == "do not trust"
+    )
 
 
 def test_widening_keeps_a_density_and_reaches_farther():
@@ -204,7 +208,7 @@ def test_widening_keeps_a_density_and_reaches_farther():
 
 
 def test_a_bound_that_runs_away_is_named():
-    fitter = _Fitter(as_target(square, example=1), "auto", 6, 2, None, False)
+    fitter = _Fitter(as_target(square, example=1), "auto", 6, 2, None, None, False)
     trail = [
         Assessment(np.linspace(-s, s, 100)[:, None], np.zeros(100), np.full(100, float(i)))
         for i, s in enumerate((1, 2, 4))
@@ -348,14 +352,14 @@ def test_a_proposal_that_wastes_its_draws_is_not_called_good():
         wide = Flow(Normal((1,)), Affine(jnp.zeros(1), jnp.full(1, scale)))
         found = assess(jr.key(0), wide, target, 4_000)
         assert found.k_hat < (0.5 if scale < 10 else np.inf)
-        assert judge(target, found, found, Gap(0.0, 0.0), places, []).grade == grade
+        assert judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, []).grade == grade
 
 
 def test_wider_draws_that_fail_are_told():
     target = as_target(square, example=1)
     places = Gaussians(np.zeros((1, 1)), np.ones((1, 1, 1)), np.zeros(1))
     fine = assess(jr.key(0), Flow(Normal((1,)), Affine(shape=(1,))), target, 1_000)
-    verdict = judge(target, fine, fine, Gap(0.0, 0.0, 3), places, [])
+    verdict = judge(target, fine, fine, Gap(0.0, 0.0, 3), NO_DRIFT, places, [])
     assert verdict.grade == "do not trust"
     assert "3 of 1,000 wider draws" in str(verdict)
     assert Gap(float("nan"), 0.1).significant

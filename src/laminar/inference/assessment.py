@@ -22,8 +22,9 @@ from laminar.bijections.elementwise import Affine
 from laminar.density import AbstractDistribution, Estimate
 from laminar.flow import Flow
 from laminar.inference.arviz import psis
-from laminar.inference.evaluate import log_densities
+from laminar.inference.evaluate import approximate_log_prob, log_densities
 from laminar.inference.target import Target
+from laminar.inference.walk import Drift
 from laminar.inference.warmstart import Gaussians, generator
 from laminar.mixtures import Mixture
 
@@ -265,8 +266,7 @@ def missed(
     log_p = log_densities(target.log_density, draws.reshape(-1, target.dim), target.dtype)
     log_p = np.where(np.isfinite(log_p), log_p, -np.inf).reshape(draws.shape[:2])
     # One place after the other, so that their number compiles nothing anew.
-    there = [_log_q(approximation, jnp.asarray(z, target.dtype)) for z in draws]
-    log_q = np.stack(jax.device_get(there)).astype(np.float64)
+    log_q = np.stack([approximate_log_prob(approximation, z) for z in draws])
     # The mass at a place by its own draws; the bound alone is too low where it is not normal.
     ratios = log_p - places.log_prob(noise)
     found = np.logaddexp.reduce(ratios, 1)
@@ -280,16 +280,12 @@ def missed(
     return np.flatnonzero((mass - log_evidence > _LEAST_MASS) & (excess > _MISSED))
 
 
-@eqx.filter_jit
-def _log_q(approximation, z: Array) -> Array:
-    return approximation._log_prob(z.T)
-
-
 def judge(
     target: Target,
     own: Assessment,
     found: Assessment,
     gap: Gap,
+    drift: Drift,
     places: Gaussians,
     lost: np.ndarray,
     notes: Sequence[str] = (),
@@ -301,6 +297,7 @@ def judge(
         own: Its own draws and their weights.
         found: The draws to be used with their weights: the same, or those of a wider proposal.
         gap: What wider draws find beyond them.
+        drift: Where chains of the target went from them.
         places: The laws found by optimisation.
         lost: The numbers of those that were missed.
         notes: Sentences about trouble on the way; each forbids trust.
@@ -319,6 +316,13 @@ def judge(
         )
         slight = gap.value <= USABLE_GAP
         findings.append(("usable after reweighting" if slight else "do not trust", said))
+    if drift.significant:
+        said = (
+            f"Chains that keep the target leave the weighted draws (ln p̃ − ln q rises by "
+            f"{drift.gain:.2f} nats, the spread by a factor {drift.spread:.2f}): there is "
+            "probability where they are not."
+        )
+        findings.append(("do not trust", said))
     for j in lost:
         said = (
             f"Optimisation found probability near {_place(target, places.means[j])} that the "

@@ -6,12 +6,14 @@ anew; what is done with the values happens on the host, in double precision.
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from laminar._typing import Array
+from laminar.density import AbstractDistribution
 
 LogDensity = Callable[[Array], Array]
 """Of one vector ``(D,)``. Programs are kept by it, so it must hash."""
@@ -45,6 +47,17 @@ def diagonal_curvatures(
     signs = noise.choice([-1.0, 1.0], (_PROBES, z.shape[1])).astype(dtype)
     (found,) = _in_batches(_diagonals, _FEW, log_density, z, dtype, signs)
     return found
+
+
+def approximate_log_prob(approximation: AbstractDistribution, z: np.ndarray) -> np.ndarray:
+    """The log density ``(N,)`` of a flow at points ``(N, D)``; each N is compiled once."""
+    points = jnp.asarray(z, approximation.dtype)
+    return np.asarray(_log_prob(approximation, points), np.float64)
+
+
+@eqx.filter_jit
+def _log_prob(approximation: AbstractDistribution, z: Array) -> Array:
+    return approximation._log_prob(z.T)
 
 
 def _in_batches(program, size: int, log_density: LogDensity, z: np.ndarray, dtype, *more):

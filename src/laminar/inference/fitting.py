@@ -47,9 +47,10 @@ from laminar.inference.assessment import (
 )
 from laminar.inference.posterior import Posterior
 from laminar.inference.target import STARTS, Target, as_target
+from laminar.inference.walk import find_drift
 from laminar.inference.warmstart import Gaussians, find_gaussians
 from laminar.mixtures import Mixture
-from laminar.objectives import forward_kl, reverse_kl
+from laminar.objectives import Annealing, forward_kl, reverse_kl
 from laminar.train.fit import fit
 
 Builder = Callable[[int, PRNGKeyArray], Flow]
@@ -57,10 +58,11 @@ Builder = Callable[[int, PRNGKeyArray], Flow]
 _TRIAL = 4_000
 _MANY, _NEARLY_ALL = 0.6, 0.95
 _DEFENCE = (0.15, 1.5)
-_ROUNDS = (1 / 12, 1 / 4, 2 / 3)
+_ROUNDS = (1 / 6, 1 / 3, 1 / 2)
 _REFINING = (1 / 12, 1 / 4)
 _RATE, _REFINING_RATE = 5e-3, 1e-3
 _MOST_COUPLED = 64
+_FARTHER = (4.0, 16.0, 64.0)
 
 
 def fit_posterior(
@@ -73,9 +75,10 @@ def fit_posterior(
     flow: str | Builder = "auto",
     steps: int = 3_000,
     samples: int = 256,
-    starts: int = 8,
+    starts: int = 16,
     modes: int = 4,
     draws: int = 10_000,
+    anneal: Annealing | None = None,
     time_limit: float | None = None,
     progress: bool | None = None,
     **kwargs: Any,
@@ -102,9 +105,12 @@ def fit_posterior(
             ``(dim, key) -> Flow``.
         steps: Most steps of training for one mode.
         samples: Draws in each step.
-        starts: Climbs from dispersed starting points.
+        starts: Climbs from dispersed starting points, every other one of them 4, 16 or 64 times as
+            far out.
         modes: Most flows in a mixture, one for each mode that would be missed otherwise.
         draws: Draws on which the verdict rests, kept in the posterior.
+        anneal: The inverse temperature β of the first round's steps, such as
+            ``laminar.linear_annealing(250)`` (the paper's eq. 20); rounds after it have β = 1.
         time_limit: Seconds after which no further stage begins; one that has begun is finished.
         progress: Show progress on standard error; None shows it on a terminal only.
         **kwargs: Keyword arguments of the model or log density. One that is named like an option
@@ -125,23 +131,25 @@ def fit_posterior(
     ):
         check_count(name, value, least)
     made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
-    keys = _children(key, 8)
-    check_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key = keys
+    keys = _children(key, 9)
+    check_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key, walk_key = keys
     limit = None if time_limit is None else begun + time_limit
-    fitter = _Fitter(made, flow, steps, samples, limit, progress)
+    fitter = _Fitter(made, flow, steps, samples, anneal, limit, progress)
     if flow != "auto":
         # Before any work, so that what does not fit is said at once.
         fitter.build(fit_key, made.dim)
     odd = made.check(check_key)
     # As many as are checked, since they cost nothing and their number would be compiled anew.
-    begin = np.asarray(made.start(start_key, max(starts, STARTS)))[:starts]
+    begin = np.array(made.start(start_key, max(starts, STARTS)))[:starts]
+    begin[1::2] *= np.resize(_FARTHER, len(begin[1::2]))[:, None]
     places = find_gaussians(climb_key, made.log_density, begin)
     approximation = fitter.run(fit_key, places, modes)
     own = assess(draw_key, approximation, made, draws)
     proposal, found = fitter.defend(mix_key, approximation, own)
     gap = find_gap(wide_key, proposal, made, found)
     lost = missed(miss_key, approximation, made, places, float(found.log_evidence.value))
-    verdict = judge(made, own, found, gap, places, lost, fitter.notes)
+    drift = find_drift(walk_key, approximation, made, found.z, found.log_p, found.weights)
+    verdict = judge(made, own, found, gap, drift, places, lost, fitter.notes)
     return Posterior(
         target=made,
         flow=approximation,
@@ -179,6 +187,7 @@ class _Fitter:
     flow: str | Builder
     steps: int
     samples: int
+    anneal: Annealing | None
     limit: float | None
     progress: bool | None
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -222,9 +231,11 @@ class _Fitter:
         if self.flow == "auto" and first.suffices:
             return first.flow, first.found
         flow = self._cast(_over(self.build(build_key, place.means.shape[1]), place))
-        objective = reverse_kl(self.target.log_density, self.samples)
+        objective = reverse_kl(self.target.log_density, self.samples, anneal=self.anneal)
         trail = []
         for part, round_key in zip(_ROUNDS, round_keys, strict=True):
+            if trail and self.anneal is not None:
+                objective = reverse_kl(self.target.log_density, self.samples)
             flow = self._train(round_key, flow, objective, round(self.steps * part), _RATE)
             trail.append(self._look(look_key, flow))
             if trail[-1].suffices or trail[-1].close or self._late():

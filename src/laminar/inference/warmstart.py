@@ -26,7 +26,7 @@ from laminar.inference.evaluate import (
     slopes,
 )
 
-_STEPS, _TRIES = 200, 500
+_STEPS, _TRIES = 200, 300
 _MEMORY = 10
 _MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Points of a climb at which the curvature is taken, as fractions of its length."""
@@ -195,7 +195,7 @@ def _climb(hill: _Hill, starts: np.ndarray) -> np.ndarray:
     for _ in range(_TRIES):
         if not alive.any():
             break
-        new = z + length[:, None] * way
+        new = z + np.where(alive, length, 0)[:, None] * way
         new_height, new_slope = hill(new)
         fall = (slope * way).sum(1)
         lower = new_height <= height + 1e-4 * length * fall + rounding * np.abs(height)
@@ -243,7 +243,7 @@ def _polish(hill: _Hill, points: np.ndarray) -> np.ndarray:
             open_ &= ~down
             if not open_.any():
                 break
-        alive &= before - height > 1e-6
+        alive &= np.subtract(before, height, out=np.zeros(len(z)), where=alive) > 1e-6
         if not alive.any():
             break
     return z

@@ -1,0 +1,117 @@
+"""Whether walks that keep the target stay where an approximation says that it is.
+
+Weights see only where the approximation has draws. Chains of a Metropolis algorithm that begin at
+the weighted draws go farther: if these follow the target, so do the chains at every later time,
+and nothing changes on average; if the approximation is too narrow, they leave it.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from laminar._typing import PRNGKeyArray
+from laminar.density import AbstractDistribution
+from laminar.inference.evaluate import approximate_log_prob, log_densities
+from laminar.inference.target import Target
+from laminar.inference.warmstart import generator
+
+_CHAINS, _STEPS = 1_024, 32
+_BEST = 2.38
+"""Steps of this over √D deviations mix fastest (Roberts, Gelman & Gilks 1997)."""
+_GAIN, _SPREAD = 0.1, 0.1
+_MOST_DENSE = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How far chains of the target went from the weighted draws that they began at.
+
+    Attributes:
+        gain: The rise of the mean of ln p̃ − ln q over the chains, in nats.
+        gain_error: Its standard error.
+        spread: The largest ratio of a coordinate's deviation at the end to that at the start.
+        spread_error: Its standard error.
+    """
+
+    gain: float
+    gain_error: float
+    spread: float
+    spread_error: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether they left, by more than chance."""
+        gained = self.gain > _GAIN + 4 * self.gain_error
+        return gained or self.spread - 1 > _SPREAD + 4 * self.spread_error
+
+
+NO_DRIFT = Drift(0.0, 0.0, 1.0, 0.0)
+
+
+def find_drift(
+    key: PRNGKeyArray,
+    approximation: AbstractDistribution,
+    target: Target,
+    z: np.ndarray,
+    log_p: np.ndarray,
+    weights: np.ndarray,
+) -> Drift:
+    """Walk from weighted draws, and compare where the walks end with where they began.
+
+    Args:
+        key: Chooses the starts and makes the steps.
+        approximation: Its density is what the target's is compared with.
+        target: What the chains keep.
+        z: Draws, ``(N, D)``.
+        log_p: The target's log density there, ``(N,)``.
+        weights: Normalised weights, ``(N,)``.
+    """
+    alive = weights > 0
+    z, log_p, weights = z[alive].astype(np.float64), log_p[alive], weights[alive]
+    if len(z) < 2:
+        return NO_DRIFT
+    noise = generator(key)
+    chosen = noise.choice(len(z), _CHAINS, p=weights / weights.sum())
+    start, height = z[chosen], log_p[chosen]
+    factor = _factor(z, weights)
+    dim = z.shape[1]
+    end = start.copy()
+    for _ in range(_STEPS):
+        steps = noise.standard_normal((_CHAINS, dim))
+        steps *= _BEST / math.sqrt(dim) * noise.choice([0.25, 1.0], (_CHAINS, 1))
+        new = end + (steps @ factor.T if factor.ndim == 2 else steps * factor)
+        new_height = log_densities(target.log_density, new, target.dtype)
+        # Comparisons with NaN are false, so a failure of the density is never walked into.
+        taken = np.log(noise.random(_CHAINS)) < new_height - height
+        end[taken], height[taken] = new[taken], new_height[taken]
+    begun, ended = (_ratios(approximation, target, at) for at in (start, end))
+    change = ended - begun
+    change = change[np.isfinite(change)]
+    ratios = end.std(0) / start.std(0)
+    worst = int(np.argmax(ratios))
+    u = (end[:, worst] - end[:, worst].mean()) / end[:, worst].std()
+    return Drift(
+        float(change.mean()) if len(change) else 0.0,
+        float(change.std() / math.sqrt(max(len(change), 1))),
+        float(ratios[worst]),
+        # Of the end beside the start, as if they were independent.
+        float(np.sqrt(2 * max((u**4).mean() - 1, 0) / (4 * _CHAINS)) * ratios[worst]),
+    )
+
+
+def _factor(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A factor of the weighted covariance, or the deviations where it is not definite."""
+    weights = weights / weights.sum()
+    centred = z - weights @ z
+    if z.shape[1] <= _MOST_DENSE:
+        try:
+            return np.linalg.cholesky((centred * weights[:, None]).T @ centred)
+        except np.linalg.LinAlgError:
+            pass
+    return np.sqrt(weights @ np.square(centred))
+
+
+def _ratios(approximation, target: Target, z: np.ndarray) -> np.ndarray:
+    log_q = approximate_log_prob(approximation, z)
+    return log_densities(target.log_density, z, target.dtype) - log_q
