@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from laminar.bijections.compose import Permute as Permute
     from laminar.bijections.compose import Repeat as Repeat
     from laminar.bijections.compose import Reshape as Reshape
+    from laminar.bijections.compose import Stack as Stack
     from laminar.bijections.compose import repeat as repeat
     from laminar.bijections.coupling import Coupling as Coupling
     from laminar.bijections.coupling import coupling as coupling
@@ -57,6 +58,10 @@ if TYPE_CHECKING:
     from laminar.bijections.linear import LowRank as LowRank
     from laminar.bijections.linear import Triangular as Triangular
     from laminar.bijections.numerical import NumericalInverse as NumericalInverse
+    from laminar.bijections.orthogonal import QR as QR
+    from laminar.bijections.orthogonal import SVD as SVD
+    from laminar.bijections.orthogonal import Cayley as Cayley
+    from laminar.bijections.orthogonal import MatrixExponential as MatrixExponential
     from laminar.bijections.quantile import QuantileMap as QuantileMap
     from laminar.bijections.rank_one import Planar as Planar
     from laminar.bijections.rank_one import Radial as Radial
@@ -128,6 +133,7 @@ _NAMES = {
         "Permute",
         "Repeat",
         "Reshape",
+        "Stack",
         "repeat",
     ),
     "laminar.bijections.coupling": ("Coupling", "coupling"),
@@ -147,6 +153,7 @@ _NAMES = {
     ),
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
     "laminar.bijections.numerical": ("NumericalInverse",),
+    "laminar.bijections.orthogonal": ("Cayley", "MatrixExponential", "QR", "SVD"),
     "laminar.bijections.quantile": ("QuantileMap",),
     "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),

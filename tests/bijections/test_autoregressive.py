@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import randomise
 
-from laminar._errors import ShapeError
+from laminar._errors import InputError, ShapeError
 from laminar.bijections.autoregressive import MaskedAutoregressive, masked_autoregressive
 from laminar.bijections.compose import Chain, repeat
 from laminar.bijections.elementwise import Affine, SinhArcsinh
@@ -210,6 +210,90 @@ def test_layers_of_different_order_are_scanned():
     x = jr.normal(jr.key(3), (4, 6))
     back, _ = stack.inverse(stack.forward(x)[0])
     np.testing.assert_allclose(back, x, atol=1e-4)
+
+
+DIAMOND = ((1, 2), (3,), (3,), ())
+WIDE = np.zeros((9, 9), int)  # a root with four children, each with a child of its own
+WIDE[1:5, 0] = WIDE[range(5, 9), range(1, 5)] = 1
+GRAPHS = {
+    "diamond": (DIAMOND, 3),
+    "wide": (WIDE, 3),
+    "chain": ([range(i) for i in range(6)], 6),
+    "pairs": ([(), (0,), (), (2,), (), (4,)], 2),
+    "none": ([()] * 4, 1),
+    "late": ([(), (0,), (1,), ()], 3),  # two columns in the first step, then one at a time
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(("cond_dim", "residual"), [(0, False), (2, True)])
+def test_a_graph_decides_who_depends_on_whom(name, cond_dim, residual):
+    graph, steps = GRAPHS[name]
+    parents = [np.flatnonzero(row) for row in graph] if isinstance(graph, np.ndarray) else graph
+    dim = len(parents)
+    layer = masked_autoregressive(
+        dim,
+        RationalQuadratic(4),
+        width=48,
+        depth=2,
+        cond_dim=cond_dim,
+        residual=residual,
+        graph=graph,
+        key=jr.key(0),
+    )
+    layer = randomise(layer, jr.key(1), 0.1)
+    x, condition = _inputs(layer, (5,))
+    y, log_det = eqx.filter_jit(layer.forward)(x, condition)
+    want, want_log_det = _full_passes(layer, x, condition)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(log_det, want_log_det, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(layer.inverse(y, condition)[0], x, atol=1e-4)
+
+    one, condition = _inputs(layer, ())
+    jacobian = np.abs(jax.jacfwd(lambda x: layer.net(x, condition))(one)).sum(0)
+    allowed = np.zeros((dim, dim), bool)
+    for i, row in enumerate(parents):
+        allowed[i, list(row)] = True
+    assert (jacobian[~allowed] == 0).all()
+    assert (jacobian[allowed] > 0).all()
+    text = str(eqx.filter_make_jaxpr(lambda x: layer.forward(x, condition))(one)[0])
+    assert f"length={steps - (cond_dim == 0 and steps > 1)}" in text
+
+
+def test_the_steps_of_a_graph_learn():
+    layer = masked_autoregressive(4, Affine(), width=12, depth=2, graph=DIAMOND, key=jr.key(0))
+    layer = randomise(layer, jr.key(1), 0.5)
+    x, _ = _inputs(layer, (6,))
+
+    def loss(run, layer):
+        y, log_det = run(layer, x, None)
+        return jnp.sin(y).sum() + (log_det**2).sum()
+
+    got = eqx.filter_grad(lambda at: loss(lambda f, *a: f.forward(*a), at))(layer)
+    want = eqx.filter_grad(lambda at: loss(_full_passes, at))(layer)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=2e-4, atol=2e-4)
+
+
+def test_bad_graphs_are_refused():
+    def build(graph, width=8, **options):
+        return MaskedMLP(3, 2, width=width, depth=1, graph=graph, key=jr.key(0), **options)
+
+    cycle = "column 0 depends on 2, which depends on 1, which depends on 0"
+    with pytest.raises(InputError, match=f"has a cycle: {cycle}"):
+        build([[2], [0], [1]])
+    with pytest.raises(InputError, match="column 1 depends on 1"):
+        build(np.diag([0, 1, 0]))
+    with pytest.raises(InputError, match="parents"):
+        build([[], [3], []])
+    with pytest.raises(InputError, match="2 different sets of parents"):
+        build([[], [0], [0, 1]], width=1)
+    with pytest.raises(InputError, match="either an order or a graph"):
+        build([[], [0], [0, 1]], order=jnp.arange(3))
+    with pytest.raises(ShapeError, match=r"\(2, 3\), not \(3, 3\)"):
+        build(np.zeros((2, 3)))
+    with pytest.raises(ShapeError, match="parents of 2 columns, not of 3"):
+        build([[], [0]])
 
 
 def test_degrees_are_sorted_and_spread():

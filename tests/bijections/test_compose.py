@@ -19,6 +19,7 @@ from laminar.bijections.compose import (
     Permute,
     Repeat,
     Reshape,
+    Stack,
     random_permutation,
     repeat,
     reverse,
@@ -226,3 +227,26 @@ def test_the_incremental_inverse_holds_less_than_the_dense_pass():
     layer = masked_autoregressive(43, RationalQuadratic(8), width=16, depth=1, key=jr.key(0))
     assert layer.row_cost("forward") < layer.row_cost("inverse") / 3
     assert Invert(layer).row_cost("inverse") == layer.row_cost("forward")
+
+
+def test_a_stack_gives_each_slice_a_map_of_its_own():
+    parts = [Affine(2.0, 3.0), Exp(), RationalQuadratic(4)]
+    x = jr.normal(jr.key(0), (3, 5))
+    y, log_det = Stack(parts).forward(x)
+    each = [part.forward(x[i]) for i, part in enumerate(parts)]
+    np.testing.assert_array_equal(y, jnp.stack([value for value, _ in each]))
+    np.testing.assert_allclose(log_det, sum(value for _, value in each), rtol=1e-6)
+    rows = Stack([ActNorm(2), Invert(ActNorm(2))]).init_from_data(
+        7 + 3 * jr.normal(jr.key(2), (2, 2, 99))
+    )
+    z, _ = rows.inverse(7 + 3 * jr.normal(jr.key(2), (2, 2, 99)))
+    np.testing.assert_allclose(z.std(-1), 1.0, atol=1e-4)
+    layer = coupling(4, Affine(), marginal=Stack([Affine(), Affine()]), key=jr.key(1))
+    assert layer.forward(jnp.zeros(4))[0].shape == (4,)
+
+
+def test_a_stack_names_what_does_not_fit():
+    with pytest.raises(ShapeError, match="at least one"):
+        Stack([])
+    with pytest.raises(ShapeError, match=r"part 1 \(Exp\) maps \(2,\)"):
+        Stack([Affine(), Exp((2,))])

@@ -7,12 +7,15 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+import scipy.linalg
 from cases import randomise
 
 from laminar._errors import InputError, ShapeError
+from laminar._params import positive
 from laminar.bijections.base import Invert
 from laminar.bijections.compose import Chain, Repeat, random_permutation, repeat
 from laminar.bijections.linear import LU, ActNorm, Householder, LowRank, Triangular
+from laminar.bijections.orthogonal import QR, SVD, Cayley, MatrixExponential
 
 MAKERS = {
     "lower": lambda key, dim: Triangular(dim),
@@ -22,6 +25,10 @@ MAKERS = {
     "householder": lambda key, dim: Householder(dim, key=key),
     "householder_odd": lambda key, dim: Householder(dim, 3, key=key),
     "low_rank": lambda key, dim: LowRank(dim, min(2, dim), key=key),
+    "svd": lambda key, dim: SVD(dim, key=key),
+    "qr": lambda key, dim: QR(dim, key=key, bias=False),
+    "cayley": lambda key, dim: Cayley(dim),
+    "exponential": lambda key, dim: MatrixExponential(dim),
 }
 
 
@@ -31,8 +38,7 @@ def test_against_the_dense_matrix(name, dim):
     with jax.enable_x64(True):
         b = randomise(MAKERS[name](jr.key(0), dim), jr.key(1))
         matrix = np.asarray(b.matrix)
-        shift = getattr(b, "shift", None)
-        shift = np.zeros(dim) if shift is None else np.asarray(shift)
+        shift = np.asarray(b.forward(jnp.zeros(dim))[0])
         x = np.asarray(jr.normal(jr.key(2), (dim, 3, 2)))
         y, log_det = eqx.filter_jit(b.forward)(jnp.asarray(x))
         expected = np.einsum("ij,jkl->ikl", matrix, x) + shift[:, None, None]
@@ -217,6 +223,33 @@ def test_act_norm_of_one_event_or_none():
     np.testing.assert_array_equal(empty.shift, 0.0)
 
 
+def test_the_singular_values_are_those_of_the_parameters():
+    with jax.enable_x64(True):
+        b = randomise(SVD(4, key=jr.key(0)), jr.key(1))
+        values = jnp.sort(positive(b.scale.params[1]))[::-1]
+        np.testing.assert_allclose(np.linalg.svd(b.matrix)[1], values, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_the_cayley_transform_is_a_rotation_at_any_parameters(scale):
+    b = randomise(Cayley(5), jr.key(0), scale)
+    np.testing.assert_allclose(b.matrix @ b.matrix.T, np.eye(5), atol=2e-6 * (1 + scale))
+    np.testing.assert_allclose(np.linalg.det(b.matrix), 1.0, rtol=2e-6 * (1 + scale))
+    lower = np.tril(b.raw, -1).astype(np.float64)
+    skew, unit = lower - lower.T, np.eye(5)
+    np.testing.assert_allclose(
+        b.matrix, np.linalg.solve(unit + skew, unit - skew), atol=2e-6 * (1 + scale)
+    )
+
+
+def test_the_matrix_exponential_keeps_digits_under_a_common_scale():
+    raw = np.asarray(jr.normal(jr.key(0), (4, 4)) * 0.3) + 20 * np.eye(4, dtype=np.float32)
+    b = eqx.tree_at(lambda b: b.raw, MatrixExponential(4), jnp.asarray(raw))
+    np.testing.assert_allclose(b.matrix, scipy.linalg.expm(raw.astype(np.float64)), rtol=2e-5)
+    x = jr.normal(jr.key(1), (4, 5))
+    np.testing.assert_allclose(b.inverse(b.forward(x)[0])[0], x, atol=1e-5)
+
+
 def test_empty_batches():
     for make in MAKERS.values():
         y, log_det = make(jr.key(0), 3).inverse(jnp.zeros((3, 0)))
@@ -228,6 +261,9 @@ def test_errors():
         LowRank(3, 4, key=jr.key(0))
     with pytest.raises(InputError, match="at least one reflection"):
         Householder(3, 0, key=jr.key(0))
+    for make in (lambda: Cayley(0), lambda: SVD(0, key=jr.key(0)), lambda: MatrixExponential(0)):
+        with pytest.raises(InputError, match="dimension must be at least 1"):
+            make()
     with pytest.raises(InputError, match="Triangular: the dimension must be at least 1"):
         Triangular(0)
     with pytest.raises(ShapeError, match="channel axis"):

@@ -18,6 +18,7 @@ from laminar._params import partition
 from laminar._registry import register
 from laminar.bijections import compose, elementwise
 from laminar.bijections import linear as L
+from laminar.bijections import orthogonal as O
 from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
@@ -177,6 +178,10 @@ def _layer(key):
 LINEAR = [
     Case("triangular_lower", lambda key: randomise(L.Triangular(3), key)),
     Case("triangular_upper", lambda key: randomise(L.Triangular(3, lower=False, bias=False), key)),
+    Case(
+        "stack",
+        lambda key: randomise(C.Stack([E.Affine(), RationalQuadratic(4), E.SinhArcsinh()]), key),
+    ),
     Case("lu", lambda key: randomise(L.LU(4, key=key), key)),
     Case("lu_repeat", lambda key: C.repeat(_lu, 3, key=key)),
     Case("householder", lambda key: randomise(L.Householder(4, key=key), key)),
@@ -198,6 +203,10 @@ COUPLED = [
     Case(
         "coupling_any_map",
         lambda key: _coupling(
+    Case("svd", lambda key: randomise(O.SVD(3, 3, key=key), key, 0.7)),
+    Case("qr", lambda key: randomise(O.QR(3, key=key), key)),
+    Case("cayley", lambda key: randomise(O.Cayley(4), key)),
+    Case("matrix_exponential", lambda key: randomise(O.MatrixExponential(3), key, 0.5)),
             C.Chain([E.Affine(max_log_scale=1.0), E.LeakyTanh(bound=1.0), E.Shift()]), key
         ),
     ),
@@ -229,8 +238,8 @@ def _coupled_layer(key):
     return C.Chain([layer, C.random_permutation(4, key=perm_key)])
 
 
-def _autoregressive(dim, template, cond_dim=0, residual=False, width=16):
-    """A masked autoregressive layer in a random order, at random parameters."""
+def _autoregressive(dim, template, cond_dim=0, residual=False, width=16, graph=None):
+    """A masked autoregressive layer in a random order or a graph, at random parameters."""
 
     def make(key):
         order_key, net_key, draw_key = jr.split(key, 3)
@@ -241,7 +250,8 @@ def _autoregressive(dim, template, cond_dim=0, residual=False, width=16):
             depth=2,
             cond_dim=cond_dim,
             residual=residual,
-            order=jr.permutation(order_key, dim),
+            order=None if graph else jr.permutation(order_key, dim),
+            graph=graph,
             key=net_key,
         )
         return randomise(layer, draw_key, 0.3)
@@ -265,11 +275,17 @@ AUTOREGRESSIVE = [
 
 
 def _quantile_map(key):
+TREE = ((3,), (0, 3), (3,), (), (1, 2))  # levels of 1, 2, 1 and 1 columns
+
     z_key, x_key, slope_key = jr.split(key, 3)
     z, x = (jnp.cumsum(jnp.exp(0.5 * jr.normal(k, (6, 3))), axis=0) - 3.0 for k in (z_key, x_key))
     z, x = (v.at[:, 0].set(jnp.arange(-2.0, 4.0)) for v in (z, x))  # knots that edges can name
     return QuantileMap(z, x, jnp.exp(0.5 * jr.normal(slope_key, (6, 3))))
 
+    Case(
+        "maf_graph",
+        _autoregressive(5, elementwise.Affine(max_log_scale=2.0), 2, graph=TREE),
+    ),
 
 QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0))]
 

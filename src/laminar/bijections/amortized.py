@@ -13,7 +13,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import expand, partition, trainable
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractTransform, Exactness, Invert, call
-from laminar.bijections.compose import Chain, Repeat
+from laminar.bijections.compose import Chain, Repeat, Stack
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.nn.mlp import MLP, Activation, Dense, apply_network
 
@@ -199,7 +199,7 @@ def count_parameters(bijection: AbstractTransform) -> int:
 
 def takes_batched_parameters(bijection: AbstractTransform) -> bool:
     """Whether the trained leaves of a transform may carry the points' trailing batch axes."""
-    if isinstance(bijection, Chain):
+    if isinstance(bijection, Chain | Stack):
         return all(takes_batched_parameters(part) for part in bijection.parts)
     if isinstance(bijection, Repeat):
         return takes_batched_parameters(bijection.layers)

@@ -1,13 +1,13 @@
 """Masked autoregressive flows with any scalar transformer, invertible at the cost of one pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import equinox as eqx
 import jax
 
 from laminar._errors import ShapeError
-from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.templates import as_elementwise
@@ -110,6 +110,7 @@ def masked_autoregressive(
     residual: bool = False,
     activation: Callable[[Array], Array] = jax.nn.relu,
     order: Array | None = None,
+    graph: ArrayLike | Sequence[Sequence[int]] | None = None,
     key: PRNGKeyArray,
 ) -> MaskedAutoregressive:
     """Build a `MaskedAutoregressive` layer with a network that fits the template.
@@ -123,7 +124,17 @@ def masked_autoregressive(
         residual: Use residual blocks.
         activation: Elementwise activation.
         order: The position of each entry in the autoregressive order, by default the natural one.
+        graph: Instead of an order, a directed acyclic graph of the entries: an array (D, D) whose
+            entry [i, j] is not zero where entry i depends on entry j, or a list of the parents of
+            each entry. Then θ_i depends on the parents of i alone, and ``forward`` takes as many
+            steps as the longest path of the graph has entries (Wehenkel & Louppe 2021, "Graphical
+            Normalizing Flows"). In a stack of layers an entry depends on its ancestors, as far
+            back as there are layers.
         key: Draws the network's weights.
+
+    Raises:
+        InputError: If an argument has no meaning, or the graph has a cycle.
+        ShapeError: If the template is not scalar, or `order` or `graph` does not fit.
     """
     template = as_elementwise(template)
     net = MaskedMLP(
@@ -135,6 +146,7 @@ def masked_autoregressive(
         residual=residual,
         activation=activation,
         order=order,
+        graph=graph,
         key=key,
     )
     return MaskedAutoregressive(template, net)

@@ -372,6 +372,81 @@ class Reshape(AbstractBijection):
         """``x`` in ``out_shape``."""
         return self._run(x, self.in_shape, self.out_shape)
 
+class Stack(AbstractTransform):
+    """A map of its own for each slice along a new leading axis: y[i] = f_i(x[i]).
+
+        log_det = Σ_i log_det_i
+
+    The maps may differ in kind, as the columns of a table do; scalar maps, of shape ``()``, make a
+    map of vectors. Use `Independent` for many slices of one kind: it compiles once for all.
+
+    Args:
+        parts: Maps that agree in their event shapes.
+
+    Raises:
+        ShapeError: If there is none, or their shapes or conditions differ.
+    """
+
+    parts: tuple[AbstractTransform, ...]
+    cond_shape: Shape | None = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, parts: Sequence[AbstractTransform]):
+        if not parts:
+            raise ShapeError("Stack needs at least one part.")
+        first = parts[0]
+        for i, part in enumerate(parts):
+            if (part.in_shape, part.out_shape) != (first.in_shape, first.out_shape):
+                raise ShapeError(
+                    f"Stack: part 0 ({first.name}) maps {first.in_shape} to {first.out_shape}, "
+                    f"part {i} ({part.name}) maps {part.in_shape} to {part.out_shape}."
+                )
+        self.parts = tuple(parts)
+        self.cond_shape = merge_cond_shapes("Stack", parts)
+
+    @property
+    def in_shape(self) -> Shape:
+        """``(number of parts, *in_shape of each)``."""
+        return (len(self.parts), *self.parts[0].in_shape)
+
+    @property
+    def out_shape(self) -> Shape:
+        """``(number of parts, *out_shape of each)``."""
+        return (len(self.parts), *self.parts[0].out_shape)
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weakest exactness among the parts."""
+        return weakest(self.parts)
+
+    def _run(self, direction, x, condition, key):
+        keys = [None] * len(self.parts) if key is None else jr.split(key, len(self.parts))
+        results = [
+            call(part, direction, x[i], condition, key=part_key)
+            for i, (part, part_key) in enumerate(zip(self.parts, keys, strict=True))
+        ]
+        images, log_dets = zip(*results, strict=True)
+        return jnp.stack(images), sum(log_dets[1:], log_dets[0])
+
+    def forward(self, x, condition=None, *, key=None):
+        """``f_i(x[i])`` stacked, with the summed log-det."""
+        return self._run("forward", x, condition, key)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """``f_i⁻¹(y[i])`` stacked, with the summed log-det."""
+        return self._run("inverse", y, condition, key)
+
+    def init_from_data(self, data, condition=None, side="out"):
+        """Initialise each part from its slice."""
+        return Stack(
+            [part.init_from_data(data[i], condition, side) for i, part in enumerate(self.parts)]
+        )
+
+    def row_cost(self, direction):
+        """That of all parts together."""
+        return sum(part.row_cost(direction) for part in self.parts)
+
+
     def inverse(self, y, condition=None, *, key=None):
         """``y`` in ``in_shape``."""
         return self._run(y, self.out_shape, self.in_shape)

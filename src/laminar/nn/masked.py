@@ -7,9 +7,13 @@ units of degree m are final and never change again. `MaskedMLP.sequential` uses 
 it computes only the block of units that has just become final and the one parameter vector that is
 needed next. All D steps together read every weight once, as one dense pass does, where the usual
 inversion makes D full passes.
+
+With a graph that says which inputs each input depends on, a unit sees a set of inputs instead of
+the first m, and the passes go by the levels of the graph (see `laminar.nn.graph`): as many steps as
+its longest path has columns, each for all columns of a level at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import equinox as eqx
@@ -22,7 +26,8 @@ from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
-from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
+from laminar.nn.graph import Graph, levels, parents_of, units_of
 from laminar.nn.mlp import affine, folds_bias, matmul
 
 Step = Callable[[Array, Array], tuple[Array, Array]]
@@ -59,11 +64,15 @@ class MaskedMLP(eqx.Module):
         order: The position 0, …, D−1 of each input in the autoregressive order, by default the
             natural one. An integer array, so that stacked layers can differ in it; a layer of
             another order needs no permutation around it.
+        graph: Instead of an order, which inputs each input depends on: an array (D, D) whose entry
+            [i, j] is not zero where i depends on j, or a list of the parents of each input. Column
+            i of the parameters then depends on the parents of i alone.
         key: Draws the weights, LeCun-normal over the connections that the mask leaves.
 
     Raises:
-        InputError: If a size is not positive, or `order` is not a permutation.
-        ShapeError: If `order` does not fit.
+        InputError: If a size is not positive, `order` is not a permutation, the graph has a cycle,
+            or there are fewer units than different sets of parents.
+        ShapeError: If `order` or `graph` does not fit.
     """
 
     order: Array
@@ -81,6 +90,7 @@ class MaskedMLP(eqx.Module):
     cond_dim: int = eqx.field(static=True)
     residual: bool = eqx.field(static=True)
     activation: Callable[[Array], Array] = eqx.field(static=True)
+    graph: Graph | None = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
 
     def __init__(
@@ -94,6 +104,7 @@ class MaskedMLP(eqx.Module):
         residual: bool = False,
         activation: Callable[[Array], Array] = jax.nn.relu,
         order: Array | None = None,
+        graph: ArrayLike | Sequence[Sequence[int]] | None = None,
         key: PRNGKeyArray,
     ):
         for name, value in {"dim": dim, "params": params, "width": width, "depth": depth}.items():
@@ -101,6 +112,11 @@ class MaskedMLP(eqx.Module):
                 raise InputError(f"MaskedMLP: {name} must be at least 1, not {value}.")
         self.dim, self.params, self.width, self.depth = dim, params, width, depth
         self.cond_dim, self.residual, self.activation = cond_dim, residual, activation
+        self.graph = None if graph is None else parents_of(graph, dim)
+        if self.graph is not None:
+            if order is not None:
+                raise InputError("MaskedMLP takes either an order or a graph, and got both.")
+            order = jnp.argsort(jnp.argsort(jnp.asarray(levels(self.graph)), stable=True))
         self.order = (
             jnp.arange(dim, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
         )
@@ -112,10 +128,10 @@ class MaskedMLP(eqx.Module):
             raise InputError(f"MaskedMLP: the order must hold each position 0…{dim - 1} once.")
         first_key, cond_key, hidden_key = jr.split(key, 3)
         first_mask, hidden_mask, _ = self._masks()
-        degree = jnp.asarray(degrees(dim, width, cond_dim > 0))
-        self.first = _draw(first_key, first_mask, degree + cond_dim)
+        fan_in = first_mask.sum(1) + cond_dim
+        self.first = _draw(first_key, first_mask, fan_in)
         everyone = np.ones((width, cond_dim), bool)
-        self.cond = _draw(cond_key, everyone, degree + cond_dim) if cond_dim else None
+        self.cond = _draw(cond_key, everyone, fan_in) if cond_dim else None
         self.first_bias = jnp.zeros(width)
         count = 2 * depth if residual else depth - 1
         hidden = [
@@ -136,12 +152,22 @@ class MaskedMLP(eqx.Module):
 
     def _masks(self) -> tuple[Array, Array, Array]:
         """Allowed connections: input → unit, unit → unit, unit → parameters of an input."""
+        if self.graph is not None:
+            units = units_of(self.graph, self.width, self.cond_dim > 0)
+            return jnp.asarray(units.sees), jnp.asarray(units.hidden), jnp.asarray(units.head)
         degree = jnp.asarray(degrees(self.dim, self.width, self.cond_dim > 0))
         return (
             degree[:, None] > self.order[None, :],
             degree[:, None] >= degree[None, :],
             self.order[:, None] >= degree[None, :],
         )
+
+    def _levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """From which step on each unit is final, and the step of each input in order."""
+        if self.graph is None:
+            return degrees(self.dim, self.width, self.cond_dim > 0), np.arange(self.dim)
+        units = units_of(self.graph, self.width, self.cond_dim > 0)
+        return units.level, np.sort(levels(self.graph))
 
     def _masked_body(self) -> tuple[Array, list[Array]]:
         """The weights of the units with forbidden connections set to zero."""
@@ -220,10 +246,13 @@ class MaskedMLP(eqx.Module):
 
         The values equal those of D dense passes up to rounding; the multiply-adds are those of
         about one. A ``lax.scan`` over d keeps compile time flat in D. Reverse-mode gradients keep
-        the activations of every step, so their memory grows as D · width · batch.
+        the activations of every step, so their memory grows as D · width · batch. With a graph the
+        steps are its levels, padded to the size of the largest: the work is that of one dense pass
+        where levels are even, and at most that of one pass for each.
 
         Args:
-            step: Maps parameters ``(P, *batch)`` and ``x_d`` ``(*batch)`` to ``(y_d, log_det_d)``.
+            step: Maps parameters ``(P, *s)`` and x ``(*s)`` to y and log-derivatives ``(*s)``,
+                element by element.
             x: ``(D, *batch)``.
             condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
             offset: ``(P,)``, added to the parameters of every input.
@@ -232,34 +261,46 @@ class MaskedMLP(eqx.Module):
             y of shape ``(D, *batch)`` and the summed log-dets ``(*batch)``.
         """
         batch, ndim = x.shape[1:], x.ndim
-        degree = degrees(self.dim, self.width, self.cond_dim > 0)
-        # Without a condition no unit comes before the first input, whose parameters are constants.
-        begin = int(degree[0])
-        rows, start, valid = _blocks(degree, begin, self.dim)
+        level, step_of = self._levels()
+        # Without a condition no unit comes before the first inputs, whose parameters are constants.
+        begin, end = int(level[0]), int(step_of[-1]) + 1
+        rows, start, valid = _blocks(level, begin, end)
+        inputs, y_start, y_valid = _blocks(step_of, begin, end)
+        alone, even = end == self.dim, bool(y_valid.all())
         (first, hidden), head = self._masked_body(), self._masked_head()
         condition_term = self._condition_term(condition, ndim)
         place = jnp.argsort(self.order)
-        biases, x = self._offset(offset).T[place], x[place]
-        padding = max(int(start.max()) + rows.shape[1] - self.width, 0)
+        bias, index = self._offset(offset), place[inputs]
+        padding = _overhang(rows, start, self.width)
+        y_padding = _overhang(inputs, y_start, self.dim)
         columns = [(0, 0), (0, 0), (0, padding)]
         folded = folds_bias()
 
-        y, log_det = jnp.zeros_like(x), jnp.zeros(batch, x.dtype)
+        # Inputs of one step are put side by side. Where each has a step of its own they stay in
+        # their places instead, which spares reordering the result.
+        if not alone:
+            first = jnp.pad(first[:, place], [(0, 0), (0, y_padding)])
+        y, log_det = jnp.zeros((self.dim + y_padding, *batch), x.dtype), jnp.zeros(batch, x.dtype)
         if begin:
-            y_d, log_det = step(expand(biases[0], ndim), x[0])
-            y = lax.dynamic_update_index_in_dim(y, y_d, place[0], 0)
-        x, biases, place = x[begin:], biases[begin:], place[begin:]
+            now = place[: int((step_of == 0).sum())]
+            y_now, log_det_now = step(expand(bias[:, now], ndim + 1), x[now])
+            y, log_det = y.at[now if alone else slice(len(now))].set(y_now), log_det_now.sum(0)
+        biases = jnp.moveaxis(bias[:, index], 1, 0)
         xs = {
-            "d": place,
+            "y_start": index[:, 0] if alone else jnp.asarray(y_start),
+            "y_valid": jnp.asarray(y_valid),
             "start": jnp.asarray(start),
             "valid": jnp.asarray(valid),
-            "x": x,
+            "x": x[index],
             "first": first[rows],
             "offset": condition_term[rows],
             "hidden": [jnp.pad(w[rows], columns) for w in hidden],
             "hidden_bias": [b[rows] for b in self.hidden_bias],
             "head": jnp.concatenate(
-                [jnp.pad(head.swapaxes(0, 1)[place], columns), biases[..., None] * float(folded)],
+                [
+                    jnp.pad(jnp.moveaxis(head[:, index], 1, 0), [(0, 0), *columns]),
+                    biases[..., None] * float(folded),
+                ],
                 -1,
             ),
             "bias": biases,
@@ -280,24 +321,38 @@ class MaskedMLP(eqx.Module):
                 bias = expand(at["hidden_bias"][j], ndim)
                 return matmul(at["hidden"][j], put(j, a)) + bias
 
+            def only_own(values):
+                # Likewise inputs past the end of this step, whose parameters are not final.
+                return values if even else jnp.where(expand(at["y_valid"], ndim), values, 0)
+
             h = matmul(at["first"], y) + at["offset"]
             h = put(-1, self._body(h, product))
             theta = matmul(at["head"], h)
-            theta = theta if folded else theta + expand(at["bias"], ndim)
-            y_d, log_det_d = step(theta, at["x"])
-            y = lax.dynamic_update_index_in_dim(y, y_d, at["d"], 0)
-            return (y, log_det + log_det_d, tuple(stores)), None
+            theta = theta if folded else theta + expand(at["bias"], ndim + 1)
+            if alone:  # kernels are faster without an axis of size one
+                y_now, log_det_now = (v[None] for v in step(theta[:, 0], at["x"][0]))
+            else:
+                y_now, log_det_now = (only_own(v) for v in step(theta, only_own(at["x"])))
+            y = lax.dynamic_update_slice_in_dim(y, y_now, at["y_start"], 0)
+            return (y, log_det + log_det_now.sum(0), tuple(stores)), None
 
         store = jnp.zeros((self.width + padding, *batch), x.dtype)
         last = jnp.concatenate([store, jnp.ones((1, *batch), x.dtype)])
         (y, log_det, _), _ = lax.scan(body, (y, log_det, (*(store,) * len(hidden), last)), xs)
-        return y, log_det
+        if alone:
+            return y, log_det
+        return jnp.take(y, self.order, axis=0, unique_indices=True, mode="clip"), log_det
 
 
 def _draw(key: PRNGKeyArray, mask: Array | np.ndarray, fan_in: Array) -> Array:
     """LeCun-normal weights where the mask allows a connection, zero elsewhere."""
     scale = lax.rsqrt(jnp.maximum(fan_in, 1).astype(jnp.zeros(()).dtype))[:, None]
     return jnp.where(mask, jr.normal(key, mask.shape) * scale, 0)
+
+
+def _overhang(rows: np.ndarray, start: np.ndarray, size: int) -> int:
+    """How far the last block reaches beyond the end."""
+    return max(int(start.max(initial=0)) + rows.shape[1] - size, 0)
 
 
 def _blocks(degree: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, ...]:
@@ -310,6 +365,6 @@ def _blocks(degree: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, ...]:
     wanted = np.arange(begin, end)
     start = np.searchsorted(degree, wanted, side="left").astype(np.int32)
     count = np.searchsorted(degree, wanted, side="right") - start
-    offset = np.arange(max(count.max(), 1), dtype=np.int32)
+    offset = np.arange(max(count.max(initial=0), 1), dtype=np.int32)
     rows = np.minimum(start[:, None] + offset, len(degree) - 1)
     return rows, start, offset < count[:, None]
