@@ -50,6 +50,10 @@ bench-smoke: $(VENV)/.run-ready
 	$(BIN)/python benchmarks/incremental.py $(BENCH)/incremental.jsonl --dims 2,8,43
 	$(BIN)/python benchmarks/defaults.py $(BENCH)/defaults.jsonl --sizes 200 --splits 1
 	$(BIN)/python benchmarks/bsds300.py $(BENCH)/bsds300 --test-rows 10000
+	$(BIN)/python benchmarks/figure3.py $(BENCH)/figure3.jsonl --seeds 1 --steps 500 --targets U1 --flows planar
+	$(BIN)/python benchmarks/posteriordb.py $(BENCH)/posteriordb.jsonl --methods laminar,NUTS
+	$(BIN)/python benchmarks/hard_targets.py $(BENCH)/hard_targets.jsonl
+	$(BIN)/python benchmarks/dlgm.py $(BENCH)/dlgm.jsonl --data digits --posterior diagonal,planar-10
 
 docs: $(VENV)/.dev-ready
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -19,6 +19,7 @@ from laminar.inference.assessment import Gap, assess, find_gap, judge, missed, w
 from laminar.inference.fitting import _Fitter
 from laminar.inference.walk import NO_DRIFT
 from laminar.inference.warmstart import Gaussians, find_gaussians
+from laminar.objectives import linear_annealing
 from laminar.report.posterior import plot_posterior
 
 Y = np.array([1.2, 0.7, 2.1, 1.4, 0.3])
@@ -364,3 +365,17 @@ def test_wider_draws_that_fail_are_told():
     assert "3 of 1,000 wider draws" in str(verdict)
     assert Gap(float("nan"), 0.1).significant
     assert Gap(0.5, float("nan")).significant
+
+
+def test_the_first_round_is_annealed_when_asked():
+    seen = []
+
+    def schedule(step):
+        seen.append(step)
+        return linear_annealing(over=10)(step)
+
+    found = fit_posterior(
+        jr.key(0), two_modes, example=2, flow="planar", steps=60, draws=500, anneal=schedule
+    )
+    assert seen
+    assert np.isfinite(float(found.elbo.value))

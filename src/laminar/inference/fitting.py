@@ -110,7 +110,7 @@ def fit_posterior(
         modes: Most flows in a mixture, one for each mode that would be missed otherwise.
         draws: Draws on which the verdict rests, kept in the posterior.
         anneal: The inverse temperature β of the first round's steps, such as
-            ``laminar.linear_annealing(250)`` (the paper's eq. 20); rounds after it have β = 1.
+            ``laminar.linear_annealing(over=250)`` (the paper's eq. 20); rounds after it have β = 1.
         time_limit: Seconds after which no further stage begins; one that has begun is finished.
         progress: Show progress on standard error; None shows it on a terminal only.
         **kwargs: Keyword arguments of the model or log density. One that is named like an option
