@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from laminar.bijections.base import AbstractTransform as AbstractTransform
     from laminar.bijections.base import Identity as Identity
     from laminar.bijections.base import Invert as Invert
+    from laminar.bijections.block import BlockAutoregressive as BlockAutoregressive
     from laminar.bijections.compose import Chain as Chain
     from laminar.bijections.compose import Independent as Independent
     from laminar.bijections.compose import Indexed as Indexed
@@ -59,6 +60,12 @@ if TYPE_CHECKING:
     from laminar.bijections.linear import Triangular as Triangular
     from laminar.bijections.numerical import NumericalInverse as NumericalInverse
     from laminar.bijections.orthogonal import QR as QR
+    from laminar.bijections.monotone import Bernstein as Bernstein
+    from laminar.bijections.monotone import DeepSigmoidal as DeepSigmoidal
+    from laminar.bijections.monotone import MixtureCDF as MixtureCDF
+    from laminar.bijections.monotone import SumOfSquares as SumOfSquares
+    from laminar.bijections.monotone import TailTransform as TailTransform
+    from laminar.bijections.monotone import UnconstrainedMonotone as UnconstrainedMonotone
     from laminar.bijections.orthogonal import SVD as SVD
     from laminar.bijections.orthogonal import Cayley as Cayley
     from laminar.bijections.orthogonal import MatrixExponential as MatrixExponential
@@ -131,6 +138,7 @@ _NAMES = {
         "Independent",
         "Indexed",
         "Permute",
+    "laminar.bijections.block": ("BlockAutoregressive",),
         "Repeat",
         "Reshape",
         "Stack",
@@ -158,6 +166,14 @@ _NAMES = {
     "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
     "laminar.bijections.templates": ("as_elementwise",),
+    "laminar.bijections.monotone": (
+        "Bernstein",
+        "DeepSigmoidal",
+        "MixtureCDF",
+        "SumOfSquares",
+        "TailTransform",
+        "UnconstrainedMonotone",
+    ),
     "laminar.conditional": ("ConditionalMixture",),
     "laminar.density": ("AbstractDistribution", "Estimate"),
     "laminar.diagnose": ("CheckReport", "check"),

@@ -22,8 +22,17 @@ from laminar.bijections import orthogonal as O
 from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
+from laminar.bijections.block import BlockAutoregressive
 from laminar.bijections.coupling import coupling
 from laminar.bijections.dynamics import Leapfrog
+from laminar.bijections.monotone import (
+    Bernstein,
+    DeepSigmoidal,
+    MixtureCDF,
+    SumOfSquares,
+    TailTransform,
+    UnconstrainedMonotone,
+)
 from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.quantile import QuantileMap
 from laminar.bijections.rank_one import Planar, Radial, Sylvester
@@ -88,7 +97,8 @@ ELEMENTWISE = [
     Case(
         "adapted_chain",
         lambda key: randomise(
-            as_elementwise(compose.Chain([Invert(E.Affine()), E.SinhArcsinh(), E.Shift()])), key
+            as_elementwise(compose.Chain([E.Affine(), Identity(()), E.SinhArcsinh(), E.Shift()])),
+            key,
         ),
     ),
     Case(
@@ -112,6 +122,7 @@ UNIT = {"interval": (0.0, 1.0), "tails": None}
 ENDS = (-5.0, 5.0)
 KNOTS = (-5.0, -2.5, 2.5, 5.0)
 
+CIRCLE = (-math.pi, math.pi)
 
 def _even_knots(key):
     """Knots at −5, −2.5, 0, 2.5 and 5 in x and y alike, with random slopes."""
@@ -130,6 +141,12 @@ SPLINES = [
     Case("rational_quadratic_lines", _even_knots, edges=KNOTS),
     Case("rational_quadratic_unit", lambda key: randomise(RQ(4, **UNIT), key), (0, 1), (0, 1)),
     Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
+    Case(
+        "rational_quadratic_circle",
+        lambda key: randomise(RQ(4, (2,), interval=CIRCLE, tails="circular"), key),
+        CIRCLE,
+        CIRCLE,
+    ),
     Case("linear_spline_lines", _even_widths, edges=KNOTS),
     Case("linear_spline_unit", lambda key: randomise(Linear(4, **UNIT), key), (0, 1), (0, 1)),
 ]
@@ -356,6 +373,89 @@ def _leapfrog(key, **options):
 
 # Other tiers append their lists here.
 CASES: list[Case] = [
+MONOTONE = [
+    Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key)),
+    Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2)),
+    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key)),
+    Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key)),
+    Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2)),
+    Case(
+        "unconstrained_monotone",
+        lambda key: randomise(UnconstrainedMonotone(4, (2,)), key),
+        edges=ENDS,
+    ),
+    Case("sum_of_squares", lambda key: randomise(SumOfSquares(shape=(2,)), key), edges=ENDS),
+    Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS),
+    Case("bernstein_autoregressive", _autoregressive(3, Bernstein(4))),
+    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key)),
+]
+
+BLOCK = [
+    Case("bnaf", lambda key: randomise(BlockAutoregressive(3, units=3, order=PERM), key)),
+    Case(
+        "bnaf_conditional",
+        lambda key: randomise(BlockAutoregressive(2, units=3, depth=1, cond_dim=2), key),
+    ),
+    Case("bnaf_single", lambda key: randomise(BlockAutoregressive(1, units=3, depth=1), key)),
+]
+
+# Other tiers append their lists here.
+CASES: list[Case] = [
+MONOTONE = [
+    Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key)),
+    Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2)),
+    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key)),
+    Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key)),
+    Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2)),
+    Case(
+        "unconstrained_monotone",
+        lambda key: randomise(UnconstrainedMonotone(4, (2,)), key),
+        edges=ENDS,
+    ),
+    Case("sum_of_squares", lambda key: randomise(SumOfSquares(shape=(2,)), key), edges=ENDS),
+    Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS),
+    Case("bernstein_autoregressive", _autoregressive(3, Bernstein(4))),
+    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key)),
+]
+
+BLOCK = [
+    Case("bnaf", lambda key: randomise(BlockAutoregressive(3, units=3, order=PERM), key)),
+    Case(
+        "bnaf_conditional",
+        lambda key: randomise(BlockAutoregressive(2, units=3, depth=1, cond_dim=2), key),
+    ),
+    Case("bnaf_single", lambda key: randomise(BlockAutoregressive(1, units=3, depth=1), key)),
+]
+
+RESIDUAL = [
+    Case("residual", lambda key: _residual(3, key, cond_dim=2)),
+    Case("residual_inverted", lambda key: Invert(_residual(1, key))),
+    Case(
+        "residual_repeat",
+        lambda key: C.repeat(lambda k: _residual(2, k, lipschitz=0.5), 2, key=key),
+    ),
+]
+
+
+def _residual(dim, key, lipschitz=0.8, **options):
+    """Weights large enough that the bound has to scale them."""
+    net = LipschitzMLP(dim, width=6, depth=1, lipschitz=lipschitz, key=key, **options)
+    return randomise(Residual(net), key)
+
+
+# Fixed steps of order 8, enough that the log-det of the computed map is the integral of the
+# divergence to rounding; adaptive ones are in tests/bijections/test_continuous.py.
+CONTINUOUS = [Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"))]
+
+
+def _continuous(key, **options):
+    """A small field of order one that depends on time and condition."""
+    field = VelocityField(
+        2, key=key, width=8, depth=1, cond_dim=2, frequencies=2, activation="tanh"
+    )
+    return randomise(Continuous(field, (2,), (2,), times=1, **options), key, 0.4)
+
+
     *ELEMENTWISE,
     *SPLINES,
     *NUMERICAL,
@@ -368,3 +468,5 @@ CASES: list[Case] = [
     *AMORTIZED,
     *DYNAMICS,
 ]
+    *MONOTONE,
+    *BLOCK,

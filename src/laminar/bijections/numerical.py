@@ -7,7 +7,6 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optimistix as optx
 from jax import lax
 
 from laminar._errors import InputError
@@ -29,8 +28,8 @@ def monotone_root(
 ) -> Array:
     """Solve f(params, x) = y for x, element by element, for increasing f.
 
-    A bracket is checked at both ends and moved outwards by powers of four until it holds the root
-    (Optimistix has the bisection that follows); three guarded Newton steps polish the result.
+    A bracket is checked at both ends and moved outwards by powers of four until it holds the root;
+    bisection follows, and three guarded Newton steps polish the result.
     Derivatives, of any order and in both modes, are those of the implicit function:
     dx = (dy − ∂f/∂params · dparams) / f′(x).
 
@@ -101,26 +100,37 @@ class _Search(NamedTuple):
 
 @eqx.filter_custom_jvp
 def _root(f, params, y, search):
-    lower, upper = search.lower, search.upper
+    # Each mention of f is compiled, so it stands once in each loop.
+    eps, tiny = float(jnp.finfo(y.dtype).eps), float(jnp.finfo(y.dtype).tiny)
+    most = 8 - int(math.log2(eps))
 
-    def residual(x, _=None):
-        return f(params, x) - y
+    def apart(state):
+        count, lower, upper = state
+        wide = upper - lower > tiny + eps * jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+        return (count < most) & wide
 
-    eps = float(jnp.finfo(y.dtype).eps)
-    solution = optx.root_find(
-        residual,
-        optx.Bisection(rtol=eps, atol=float(jnp.finfo(y.dtype).tiny), flip=False),
-        0.5 * lower + 0.5 * upper,
-        options={"lower": lower, "upper": upper},
-        max_steps=8 - int(math.log2(eps)),
-        throw=False,  # it stops at the number of steps; the bracket itself has been checked
-    )
-    x = solution.value
-    for _ in range(_NEWTON_STEPS):
-        value, slope = jax.jvp(residual, (x,), (jnp.ones_like(x),))
+    def halve(state):
+        count, lower, upper = state
+        middle = 0.5 * lower + 0.5 * upper
+        low = f(params, middle) < y
+        return count + 1, jnp.where(low, middle, lower), jnp.where(low, upper, middle)
+
+    start = (jnp.asarray(0), search.lower, search.upper)
+    _, lower, upper = lax.while_loop(apart, halve, start)
+    middle = 0.5 * lower + 0.5 * upper
+
+    def polish(_, state):
+        # Each point is judged when it is tried, and the best one so far goes on.
+        best, size, x = state
+        value, slope = jax.jvp(lambda x: f(params, x) - y, (x,), (jnp.ones_like(x),))
+        better = jnp.abs(value) <= size
+        best, size = jnp.where(better, x, best), jnp.where(better, jnp.abs(value), size)
         step = x - value / slope
-        better = (step >= lower) & (step <= upper) & (jnp.abs(residual(step)) <= jnp.abs(value))
-        x = jnp.where(better, step, x)
+        inside = better & (step >= search.lower) & (step <= search.upper)
+        return best, size, jnp.where(inside, step, best)
+
+    worst = jnp.full_like(y, jnp.inf)
+    x, _, _ = lax.fori_loop(0, _NEWTON_STEPS + 1, polish, (middle, worst, middle))
     return jnp.where(search.held, x, jnp.where(search.outside, search.end, jnp.nan))
 
 
@@ -154,34 +164,30 @@ def _find_bracket(f, params, y, bracket, domain) -> _Search:
     highest = min(domain[1], 0.5 * float(jnp.finfo(dtype).max))
     lower, upper = jnp.asarray(bracket[0], dtype), jnp.asarray(bracket[1], dtype)
 
-    def status(lower, upper):
-        return f(params, lower) > y, f(params, upper) < y
+    def ends(lower, upper):
+        """The images of both ends."""
+        low, high = jax.vmap(lambda x: f(params, x))(jnp.stack([lower, upper]))
+        return low, high
 
     def unsettled(state):
-        count, lower, upper, _ = state
-        too_high, too_low = status(lower, upper)
-        room = (too_high & (lower > lowest)) | (too_low & (upper < highest))
+        count, lower, upper, _, (low, high) = state
+        room = ((low > y) & (lower > lowest)) | ((high < y) & (upper < highest))
         return (count < _MAX_GROWTHS) & room
 
     def grow(state):
-        count, lower, upper, step = state
-        too_high, too_low = status(lower, upper)
+        count, lower, upper, step, (low, high) = state
+        too_high, too_low = low > y, high < y
         new_lower = jnp.where(too_high, lower - step, jnp.where(too_low, upper, lower))
         new_upper = jnp.where(too_low, upper + step, jnp.where(too_high, lower, upper))
-        return (
-            count + 1,
-            jnp.maximum(new_lower, lowest),
-            jnp.minimum(new_upper, highest),
-            _GROWTH * step,
-        )
+        lower, upper = jnp.maximum(new_lower, lowest), jnp.minimum(new_upper, highest)
+        return count + 1, lower, upper, _GROWTH * step, ends(lower, upper)
 
     centre = 0.5 * lower + 0.5 * upper
-    start = (jnp.asarray(0), lower, upper, upper - lower)
-    _, lower, upper, _ = lax.while_loop(unsettled, grow, start)
-    below, above = status(lower, upper)
-    below, above = below | (y == -jnp.inf), above | (y == jnp.inf)
+    start = (jnp.asarray(0), lower, upper, upper - lower, ends(lower, upper))
+    _, lower, upper, _, (low, high) = lax.while_loop(unsettled, grow, start)
+    below, above = (low > y) | (y == -jnp.inf), (high < y) | (y == jnp.inf)
     outside = below | above
-    held = (f(params, lower) <= y) & (f(params, upper) >= y) & ~outside
+    held = (low <= y) & (high >= y) & ~outside
     return _Search(lower, upper, held, outside, jnp.where(below, lower, upper), centre)
 
 
@@ -229,11 +235,29 @@ class NumericalInverse(AbstractElementwise):
 
     def inverse_kernel(self, params, y):
         """The root of kernel(params, x) = y, and minus the log-slope there; −inf out of reach."""
-        value = _First(self.kernel)
-        x, outside = _solve(value, params, y, self.bracket, self.domain)
-        centre = 0.5 * self.bracket[0] + 0.5 * self.bracket[1]
-        _, log_slope = self.kernel(params, jnp.where(outside, centre, x))
-        return x, jnp.where(outside, -jnp.inf, -log_slope)
+        return invert_kernel(self.kernel, params, y, bracket=self.bracket, domain=self.domain)
+
+
+def invert_kernel(
+    kernel: Callable,
+    params: Array,
+    y: Array,
+    *,
+    bracket: tuple[float, float] = (-1.0, 1.0),
+    domain: tuple[float, float] = (-math.inf, math.inf),
+) -> tuple[Array, Array]:
+    """The inverse of a kernel ``(params, x) -> (y, ln dy/dx)`` as one that is solved for.
+
+    Arguments are those of `NumericalInverse`, with params ``(P, *s)`` and points ``(*s)``.
+
+    Returns:
+        The root, and minus the kernel's log-slope there; out of reach the end of the domain (or of
+        the search) and −inf.
+    """
+    x, outside = _solve(_First(kernel), params, y, bracket, domain)
+    centre = 0.5 * bracket[0] + 0.5 * bracket[1]
+    _, log_slope = kernel(params, jnp.where(outside, centre, x))
+    return x, jnp.where(outside, -jnp.inf, -log_slope)
 
 
 class _First(eqx.Module):

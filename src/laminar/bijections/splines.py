@@ -21,7 +21,7 @@ from laminar._params import SOFTPLUS_ONE
 from laminar._typing import Array, Shape
 from laminar.bijections.elementwise import AbstractElementwise
 
-Tails = Literal["identity", "linear"]
+Tails = Literal["identity", "linear", "circular"]
 
 _LOGIT_LIMIT = 40.0
 _STEPS = 3.0  # bins are numbered in steps of 1/3, so that a quotient stands last (see below)
@@ -45,7 +45,10 @@ class RationalQuadratic(AbstractElementwise):
         interval: ``(lo, hi)``, which the spline maps onto itself.
         tails: ``"identity"``: y = x outside the interval, and the end slopes are one, so P = 3K−1.
             ``"linear"``: lines outside, with the learned end slopes, P = 3K+1. None: the domain
-            is the interval and outside it the log-det is −inf, P = 3K+1.
+            is the interval and outside it the log-det is −inf, P = 3K+1. ``"circular"``: as None,
+            for the interval as a circle (Rezende et al. 2020): both ends have one slope, so the
+            density closes smoothly, and a shift around the circle, the last parameter, follows,
+            P = 3K+1; an angle lies in [lo, hi), as in ``(−math.pi, math.pi)``.
         min_width: Least bin width, as a fraction of the interval.
         min_height: Least bin height, likewise.
         min_slope: Least slope at a knot.
@@ -74,7 +77,7 @@ class RationalQuadratic(AbstractElementwise):
         min_height: float = 1e-3,
         min_slope: float = 1e-3,
     ):
-        _check_options("RationalQuadratic", bins, interval, tails, min_width, min_height)
+        _check_options("RationalQuadratic", bins, interval, tails, min_width, min_height, True)
         if not 0 < min_slope < 1:
             raise InputError(f"RationalQuadratic: min_slope must be in (0, 1), not {min_slope}.")
         self.in_shape, self.bins = tuple(shape), bins
@@ -87,6 +90,9 @@ class RationalQuadratic(AbstractElementwise):
     def _bin(self, params: Array, point: Array, search_y: bool):
         """The bin a point is in: left knot, sizes, end slopes, and slopes of the outer knots."""
         layout = _Layout(self.bins, self.tails == "identity")
+        if self.tails == "circular":
+            # The last knot is the first one again; the shift that stands there is not a slope.
+            params = jnp.concatenate([params[:-1], params[2 * self.bins : 2 * self.bins + 1]])
         found = _search(
             layout, self.interval, (self.min_width, self.min_height), search_y, point, params
         )
@@ -102,20 +108,33 @@ class RationalQuadratic(AbstractElementwise):
         x_left, width, y_left, height, left, right = self._bin(params, inside, False)
         theta = _clip((inside - x_left) / width, 0.0, 1.0)
         share, log_slope = rational_share(theta, 1 - theta, height / width, left, right)
-        return self._finish(x, inside, y_left + height * share, log_slope, left, right, 1.0)
+        image = y_left + height * share
+        if self.tails == "circular":
+            image = self._turn(image, params[-1])
+        return self._finish(x, inside, image, log_slope, left, right, 1.0)
 
     def inverse_kernel(self, params, y):
         """The root of the quadratic that each y makes with its bin, and its log-derivative."""
         inside = _clip(y, *self.interval)
-        x_left, width, y_left, height, left, right = self._bin(params, inside, True)
-        eta = _clip((inside - y_left) / height, 0.0, 1.0)
+        place = self._turn(inside, -params[-1]) if self.tails == "circular" else inside
+        x_left, width, y_left, height, left, right = self._bin(params, place, True)
+        eta = _clip((place - y_left) / height, 0.0, 1.0)
         theta, log_slope = rational_place(eta, 1 - eta, height / width, left, right)
         return self._finish(y, inside, x_left + theta * width, -log_slope, left, right, -1.0)
+
+    def _turn(self, point, angle):
+        """A point of the interval moved around the circle."""
+        lo, hi = self.interval
+        length = hi - lo
+        moved = point + (angle - length * jnp.round(angle / length))
+        moved = jnp.where(moved < lo, moved + length, jnp.where(moved >= hi, moved - length, moved))
+        # What rounding has put beyond an end is that end.
+        return _clip(moved, lo, hi)
 
     def _finish(self, point, inside, image, log_det, left, right, sign):
         """Put the tails on; `sign` is −1 for the inverse, whose outer slopes are reciprocal."""
         below, above = point < self.interval[0], point > self.interval[1]
-        if self.tails is None:
+        if self.tails in (None, "circular"):
             return image, jnp.where(below | above, -jnp.inf, log_det)
         if self.tails == "identity":
             return image + (point - inside), jnp.where(below | above, 0.0, log_det)
@@ -231,7 +250,7 @@ class Linear(AbstractElementwise):
     in_shape: Shape = eqx.field(static=True)
     bins: int = eqx.field(static=True)
     interval: tuple[float, float] = eqx.field(static=True)
-    tails: Tails | None = eqx.field(static=True)
+    tails: Literal["identity", "linear"] | None = eqx.field(static=True)
     min_width: float = eqx.field(static=True)
     min_height: float = eqx.field(static=True)
 
@@ -241,7 +260,7 @@ class Linear(AbstractElementwise):
         shape: Shape = (),
         *,
         interval: tuple[float, float] = (-5.0, 5.0),
-        tails: Tails | None = "identity",
+        tails: Literal["identity", "linear"] | None = "identity",
         min_width: float = 1e-3,
         min_height: float = 1e-3,
     ):
@@ -280,14 +299,15 @@ class Linear(AbstractElementwise):
         return self._run(params, y, True)
 
 
-def _check_options(owner, bins, interval, tails, min_width, min_height):
+def _check_options(owner, bins, interval, tails, min_width, min_height, circles=False):
     if bins < 2:
         raise InputError(f"{owner}: bins must be at least 2, not {bins}.")
     lo, hi = interval
     if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
         raise InputError(f"{owner}: interval must be finite and increasing, not ({lo}, {hi}).")
-    if tails not in ("identity", "linear", None):
-        raise InputError(f"{owner}: tails must be 'identity', 'linear' or None, not {tails!r}.")
+    if tails not in (("identity", "linear", None) + (("circular",) if circles else ())):
+        known = "'identity', 'linear', 'circular'" if circles else "'identity', 'linear'"
+        raise InputError(f"{owner}: tails must be {known} or None, not {tails!r}.")
     for name, value in (("min_width", min_width), ("min_height", min_height)):
         if not 0 < value * bins < 1:
             raise InputError(

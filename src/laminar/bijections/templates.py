@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from laminar._errors import ShapeError
 from laminar._params import Frozen, partition
 from laminar._typing import Array, Shape
-from laminar.bijections.base import AbstractTransform, call
+from laminar.bijections.base import AbstractTransform, Invert, call
 from laminar.bijections.elementwise import AbstractElementwise
 
 
@@ -114,11 +114,55 @@ class Composed(AbstractElementwise):
         return " + ".join(part.name for part in self.parts.tree)
 
 
+class Inverted(AbstractElementwise):
+    """A scalar map with its two kernels exchanged and the same parameters.
+
+    What `as_elementwise` makes of ``Invert(map)``: the template of a layer whose dense pass should
+    be the direction in which the map is closed.
+
+    Args:
+        part: The elementwise map.
+    """
+
+    params: Array
+    part: Frozen[AbstractElementwise]
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, part: AbstractElementwise):
+        self.params, self.in_shape = part.params, part.in_shape
+        self.part = Frozen(_without_params(part))
+
+    def row_cost(self, direction):
+        """That of the wrapped map in the other direction, with the parameters held here."""
+        other = "inverse" if direction == "forward" else "forward"
+        return super().row_cost(direction) + self.part.tree.row_cost(other)
+
+    def forward_kernel(self, params, x):
+        """The wrapped inverse kernel."""
+        return self.part.tree.inverse_kernel(params, x)
+
+    def inverse_kernel(self, params, y):
+        """The wrapped forward kernel."""
+        return self.part.tree.forward_kernel(params, y)
+
+    @property
+    def name(self) -> str:
+        """The wrapped name, marked as inverted."""
+        return f"Invert({self.part.tree.name})"
+
+
 def _without_params(part: AbstractElementwise) -> AbstractElementwise:
     """The part with an empty parameter axis, unless its class computes `params` from others."""
     if not any(field.name == "params" for field in dataclasses.fields(part)):
         return part
     return eqx.tree_at(lambda part: part.params, part, part.params[:0])
+
+
+def _turned(step: AbstractTransform) -> AbstractTransform:
+    """An inverted elementwise map as an elementwise map; any other transform as it is."""
+    if isinstance(step, Invert) and isinstance(step.bijection, AbstractElementwise):
+        return Inverted(step.bijection)
+    return step
 
 
 def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
@@ -130,7 +174,7 @@ def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
 
     Returns:
         The bijection itself if it is elementwise already, one fused kernel if it is a chain of
-        elementwise maps, otherwise an adapter.
+        elementwise maps or their inverses, otherwise an adapter.
 
     Raises:
         ShapeError: If it is not a scalar map, takes a condition, or is not exact.
@@ -147,10 +191,10 @@ def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
             f"as_elementwise takes an exact bijection without a condition; {bijection.name} is "
             f"{bijection.exactness!r} and takes a condition of shape {bijection.cond_shape}."
         )
-    steps = bijection.steps()
+    steps = [_turned(step) for step in bijection.steps()]
     maps = [step for step in steps if isinstance(step, AbstractElementwise)]
     if len(maps) == len(steps):
-        return Composed(maps)
+        return maps[0] if len(maps) == 1 else Composed(maps)
     trained, _ = partition(bijection)
     leaves = [jnp.ravel(leaf) for leaf in jtu.tree_leaves(trained)]
     params = jnp.concatenate(leaves) if leaves else jnp.zeros((0,))
