@@ -58,14 +58,14 @@ if TYPE_CHECKING:
     from laminar.bijections.linear import Householder as Householder
     from laminar.bijections.linear import LowRank as LowRank
     from laminar.bijections.linear import Triangular as Triangular
-    from laminar.bijections.numerical import NumericalInverse as NumericalInverse
-    from laminar.bijections.orthogonal import QR as QR
     from laminar.bijections.monotone import Bernstein as Bernstein
     from laminar.bijections.monotone import DeepSigmoidal as DeepSigmoidal
     from laminar.bijections.monotone import MixtureCDF as MixtureCDF
     from laminar.bijections.monotone import SumOfSquares as SumOfSquares
     from laminar.bijections.monotone import TailTransform as TailTransform
     from laminar.bijections.monotone import UnconstrainedMonotone as UnconstrainedMonotone
+    from laminar.bijections.numerical import NumericalInverse as NumericalInverse
+    from laminar.bijections.orthogonal import QR as QR
     from laminar.bijections.orthogonal import SVD as SVD
     from laminar.bijections.orthogonal import Cayley as Cayley
     from laminar.bijections.orthogonal import MatrixExponential as MatrixExponential
@@ -133,12 +133,12 @@ _NAMES = {
     "laminar.bijections.amortized": ("Amortized", "amortized"),
     "laminar.bijections.autoregressive": ("MaskedAutoregressive", "masked_autoregressive"),
     "laminar.bijections.base": ("AbstractBijection", "AbstractTransform", "Identity", "Invert"),
+    "laminar.bijections.block": ("BlockAutoregressive",),
     "laminar.bijections.compose": (
         "Chain",
         "Independent",
         "Indexed",
         "Permute",
-    "laminar.bijections.block": ("BlockAutoregressive",),
         "Repeat",
         "Reshape",
         "Stack",
@@ -160,12 +160,6 @@ _NAMES = {
         "logit",
     ),
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
-    "laminar.bijections.numerical": ("NumericalInverse",),
-    "laminar.bijections.orthogonal": ("Cayley", "MatrixExponential", "QR", "SVD"),
-    "laminar.bijections.quantile": ("QuantileMap",),
-    "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
-    "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
-    "laminar.bijections.templates": ("as_elementwise",),
     "laminar.bijections.monotone": (
         "Bernstein",
         "DeepSigmoidal",
@@ -174,6 +168,12 @@ _NAMES = {
         "TailTransform",
         "UnconstrainedMonotone",
     ),
+    "laminar.bijections.numerical": ("NumericalInverse",),
+    "laminar.bijections.orthogonal": ("Cayley", "MatrixExponential", "QR", "SVD"),
+    "laminar.bijections.quantile": ("QuantileMap",),
+    "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
+    "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
+    "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
     "laminar.density": ("AbstractDistribution", "Estimate"),
     "laminar.diagnose": ("CheckReport", "check"),

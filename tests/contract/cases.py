@@ -120,9 +120,9 @@ def _cubic(params, x):
 RQ = RationalQuadratic
 UNIT = {"interval": (0.0, 1.0), "tails": None}
 ENDS = (-5.0, 5.0)
+CIRCLE = (-math.pi, math.pi)
 KNOTS = (-5.0, -2.5, 2.5, 5.0)
 
-CIRCLE = (-math.pi, math.pi)
 
 def _even_knots(key):
     """Knots at −5, −2.5, 0, 2.5 and 5 in x and y alike, with random slopes."""
@@ -139,14 +139,14 @@ def _even_widths(key):
 SPLINES = [
     Case("rational_quadratic", lambda key: randomise(RQ(8, (3,)), key), edges=ENDS),
     Case("rational_quadratic_lines", _even_knots, edges=KNOTS),
-    Case("rational_quadratic_unit", lambda key: randomise(RQ(4, **UNIT), key), (0, 1), (0, 1)),
-    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
     Case(
         "rational_quadratic_circle",
         lambda key: randomise(RQ(4, (2,), interval=CIRCLE, tails="circular"), key),
         CIRCLE,
         CIRCLE,
     ),
+    Case("rational_quadratic_unit", lambda key: randomise(RQ(4, **UNIT), key), (0, 1), (0, 1)),
+    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
     Case("linear_spline_lines", _even_widths, edges=KNOTS),
     Case("linear_spline_unit", lambda key: randomise(Linear(4, **UNIT), key), (0, 1), (0, 1)),
 ]
@@ -179,6 +179,10 @@ COMPOSED = [
         "independent_stacked",
         lambda key: C.Independent(eqx.filter_vmap(_affine((2,)))(jr.split(key, 3)), 3, True),
     ),
+    Case(
+        "stack",
+        lambda key: randomise(C.Stack([E.Affine(), RationalQuadratic(4), E.SinhArcsinh()]), key),
+    ),
     Case("reshape", lambda key: C.Reshape((2, 3), (6,))),
     Case("permute", lambda key: C.Permute(PERM)),
     Case("permute_rows", lambda key: C.Permute(PERM, (3, 2))),
@@ -195,15 +199,15 @@ def _layer(key):
 LINEAR = [
     Case("triangular_lower", lambda key: randomise(L.Triangular(3), key)),
     Case("triangular_upper", lambda key: randomise(L.Triangular(3, lower=False, bias=False), key)),
-    Case(
-        "stack",
-        lambda key: randomise(C.Stack([E.Affine(), RationalQuadratic(4), E.SinhArcsinh()]), key),
-    ),
     Case("lu", lambda key: randomise(L.LU(4, key=key), key)),
     Case("lu_repeat", lambda key: C.repeat(_lu, 3, key=key)),
     Case("householder", lambda key: randomise(L.Householder(4, key=key), key)),
     Case("householder_odd", lambda key: randomise(L.Householder(4, 3, key=key), key)),
     Case("low_rank", lambda key: randomise(L.LowRank(4, 2, key=key), key)),
+    Case("svd", lambda key: randomise(O.SVD(3, 3, key=key), key, 0.7)),
+    Case("qr", lambda key: randomise(O.QR(3, key=key), key)),
+    Case("cayley", lambda key: randomise(O.Cayley(4), key)),
+    Case("matrix_exponential", lambda key: randomise(O.MatrixExponential(3), key, 0.5)),
     Case("act_norm", lambda key: randomise(L.ActNorm(3), key)),
     Case("act_norm_channels", lambda key: randomise(L.ActNorm((2, 2, 2), per_channel=True), key)),
 ]
@@ -220,10 +224,6 @@ COUPLED = [
     Case(
         "coupling_any_map",
         lambda key: _coupling(
-    Case("svd", lambda key: randomise(O.SVD(3, 3, key=key), key, 0.7)),
-    Case("qr", lambda key: randomise(O.QR(3, key=key), key)),
-    Case("cayley", lambda key: randomise(O.Cayley(4), key)),
-    Case("matrix_exponential", lambda key: randomise(O.MatrixExponential(3), key, 0.5)),
             C.Chain([E.Affine(max_log_scale=1.0), E.LeakyTanh(bound=1.0), E.Shift()]), key
         ),
     ),
@@ -276,11 +276,17 @@ def _autoregressive(dim, template, cond_dim=0, residual=False, width=16, graph=N
     return make
 
 
+TREE = ((3,), (0, 3), (3,), (), (1, 2))  # levels of 1, 2, 1 and 1 columns
+
 AUTOREGRESSIVE = [
     Case("maf", _autoregressive(5, elementwise.Affine(max_log_scale=2.0))),
     Case("maf_conditional", _autoregressive(4, elementwise.Affine(max_log_scale=2.0), 3, True)),
     Case("maf_single", _autoregressive(1, elementwise.Affine(max_log_scale=2.0), 2)),
     Case("maf_few_units", _autoregressive(6, elementwise.Affine(max_log_scale=2.0), width=3)),
+    Case(
+        "maf_graph",
+        _autoregressive(5, elementwise.Affine(max_log_scale=2.0), 2, graph=TREE),
+    ),
     Case("nsf", _autoregressive(4, RationalQuadratic(6), residual=True)),
     Case("nsf_conditional", _autoregressive(3, RationalQuadratic(6, tails="linear"), 2)),
     Case("iaf", lambda key: Invert(_autoregressive(4, RationalQuadratic(6))(key))),
@@ -292,17 +298,11 @@ AUTOREGRESSIVE = [
 
 
 def _quantile_map(key):
-TREE = ((3,), (0, 3), (3,), (), (1, 2))  # levels of 1, 2, 1 and 1 columns
-
     z_key, x_key, slope_key = jr.split(key, 3)
     z, x = (jnp.cumsum(jnp.exp(0.5 * jr.normal(k, (6, 3))), axis=0) - 3.0 for k in (z_key, x_key))
     z, x = (v.at[:, 0].set(jnp.arange(-2.0, 4.0)) for v in (z, x))  # knots that edges can name
     return QuantileMap(z, x, jnp.exp(0.5 * jr.normal(slope_key, (6, 3))))
 
-    Case(
-        "maf_graph",
-        _autoregressive(5, elementwise.Affine(max_log_scale=2.0), 2, graph=TREE),
-    ),
 
 QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0))]
 
@@ -371,8 +371,6 @@ def _leapfrog(key, **options):
     return randomise(Leapfrog(_valley, 2, steps=3, step_size=0.3, **options), key, 0.5)
 
 
-# Other tiers append their lists here.
-CASES: list[Case] = [
 MONOTONE = [
     Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key)),
     Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2)),
@@ -401,61 +399,6 @@ BLOCK = [
 
 # Other tiers append their lists here.
 CASES: list[Case] = [
-MONOTONE = [
-    Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key)),
-    Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2)),
-    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key)),
-    Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key)),
-    Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2)),
-    Case(
-        "unconstrained_monotone",
-        lambda key: randomise(UnconstrainedMonotone(4, (2,)), key),
-        edges=ENDS,
-    ),
-    Case("sum_of_squares", lambda key: randomise(SumOfSquares(shape=(2,)), key), edges=ENDS),
-    Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS),
-    Case("bernstein_autoregressive", _autoregressive(3, Bernstein(4))),
-    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key)),
-]
-
-BLOCK = [
-    Case("bnaf", lambda key: randomise(BlockAutoregressive(3, units=3, order=PERM), key)),
-    Case(
-        "bnaf_conditional",
-        lambda key: randomise(BlockAutoregressive(2, units=3, depth=1, cond_dim=2), key),
-    ),
-    Case("bnaf_single", lambda key: randomise(BlockAutoregressive(1, units=3, depth=1), key)),
-]
-
-RESIDUAL = [
-    Case("residual", lambda key: _residual(3, key, cond_dim=2)),
-    Case("residual_inverted", lambda key: Invert(_residual(1, key))),
-    Case(
-        "residual_repeat",
-        lambda key: C.repeat(lambda k: _residual(2, k, lipschitz=0.5), 2, key=key),
-    ),
-]
-
-
-def _residual(dim, key, lipschitz=0.8, **options):
-    """Weights large enough that the bound has to scale them."""
-    net = LipschitzMLP(dim, width=6, depth=1, lipschitz=lipschitz, key=key, **options)
-    return randomise(Residual(net), key)
-
-
-# Fixed steps of order 8, enough that the log-det of the computed map is the integral of the
-# divergence to rounding; adaptive ones are in tests/bijections/test_continuous.py.
-CONTINUOUS = [Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"))]
-
-
-def _continuous(key, **options):
-    """A small field of order one that depends on time and condition."""
-    field = VelocityField(
-        2, key=key, width=8, depth=1, cond_dim=2, frequencies=2, activation="tanh"
-    )
-    return randomise(Continuous(field, (2,), (2,), times=1, **options), key, 0.4)
-
-
     *ELEMENTWISE,
     *SPLINES,
     *NUMERICAL,
@@ -467,6 +410,6 @@ def _continuous(key, **options):
     *RANK_ONE,
     *AMORTIZED,
     *DYNAMICS,
-]
     *MONOTONE,
     *BLOCK,
+]
