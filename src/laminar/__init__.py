@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from laminar.bijections.compose import Reshape as Reshape
     from laminar.bijections.compose import Stack as Stack
     from laminar.bijections.compose import repeat as repeat
+    from laminar.bijections.continuous import Continuous as Continuous
+    from laminar.bijections.continuous import VelocityField as VelocityField
     from laminar.bijections.coupling import Coupling as Coupling
     from laminar.bijections.coupling import coupling as coupling
     from laminar.bijections.dynamics import Hamiltonian as Hamiltonian
@@ -92,6 +94,8 @@ if TYPE_CHECKING:
     from laminar.io import load as load
     from laminar.io import read_header as read_header
     from laminar.io import save as save
+    from laminar.matching import flow_matching as flow_matching
+    from laminar.matching import rnode as rnode
     from laminar.mixtures import GaussianMixture as GaussianMixture
     from laminar.mixtures import IsotropicMixture as IsotropicMixture
     from laminar.mixtures import Mixture as Mixture
@@ -110,6 +114,7 @@ if TYPE_CHECKING:
     from laminar.train.source import ArraySource as ArraySource
     from laminar.train.source import MappedSource as MappedSource
     from laminar.train.source import Stream as Stream
+    from laminar.zoo import cnf as cnf
     from laminar.zoo import iaf as iaf
     from laminar.zoo import maf as maf
     from laminar.zoo import nice as nice
@@ -144,6 +149,7 @@ _NAMES = {
         "Stack",
         "repeat",
     ),
+    "laminar.bijections.continuous": ("Continuous", "VelocityField"),
     "laminar.bijections.coupling": ("Coupling", "coupling"),
     "laminar.bijections.dynamics": ("Hamiltonian", "Langevin", "Leapfrog"),
     "laminar.bijections.elementwise": (
@@ -187,6 +193,7 @@ _NAMES = {
     ),
     "laminar.flow": ("Flow", "Path"),
     "laminar.io": ("load", "read_header", "save"),
+    "laminar.matching": ("flow_matching", "rnode"),
     "laminar.mixtures": ("GaussianMixture", "IsotropicMixture", "Mixture"),
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),
@@ -199,6 +206,7 @@ _NAMES = {
     "laminar.train.history": ("History",),
     "laminar.train.source": ("ArraySource", "MappedSource", "Stream"),
     "laminar.zoo": (
+        "cnf",
         "iaf",
         "maf",
         "nice",
@@ -220,6 +228,7 @@ _MODULES = (
     "flow",
     "inference",
     "io",
+    "matching",
     "mixtures",
     "nn",
     "objectives",

@@ -182,7 +182,7 @@ class Flow(AbstractDistribution):
         condition = self._embedded(condition)
         base_key, map_key = jr.split(key)
         z = self._base._sample(base_key, batch, condition)
-        return call(self._map, "forward", z, condition, key=map_key)[0]
+        return self._map.points("forward", z, condition, key=map_key)
 
     def _sample_and_log_prob(self, key, batch=(), condition=None):
         condition = self._embedded(condition)
@@ -285,11 +285,11 @@ class Flow(AbstractDistribution):
 
 
 def _to_latent(flow, key, rows, x, condition):
-    return call(flow._map, "inverse", x, condition, key=key)[0]
+    return flow._map.points("inverse", x, condition, key=key)
 
 
 def _to_data(flow, key, rows, z, condition):
-    return call(flow._map, "forward", z, condition, key=key)[0]
+    return flow._map.points("forward", z, condition, key=key)
 
 
 def _path_up(flow, key, rows, z, condition):

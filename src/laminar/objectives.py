@@ -55,24 +55,50 @@ def nll(
     Raises:
         ShapeError: If the batch does not fit the flow.
     """
+    inner, x, condition = take_rows("nll", flow, batch)
+    mean, total = weighted_mean(inner._log_prob(x, condition, key=key), batch.weights)
+    return -mean, {"log_prob": mean, "weight": total}
+
+
+def take_rows(
+    owner: str, flow: AbstractDistribution, batch: Batch
+) -> tuple[AbstractDistribution, Array, Array | None]:
+    """Check a batch and encode its conditions.
+
+    Args:
+        owner: The objective, for messages.
+        flow: The distribution.
+        batch: The rows; what stands in those of weight zero reaches no gradient.
+
+    Returns:
+        The distribution that takes encoded conditions, events with the batch last, and their
+        conditions likewise, or one shared by all, or None.
+
+    Raises:
+        ShapeError: If the batch does not fit the flow.
+    """
     x, rows = flow._check_event(batch.x, flow.shape, "x")
     if len(rows) != 1:
-        raise ShapeError(f"nll: x has batch axes {rows}, but a batch has exactly one.")
+        raise ShapeError(f"{owner}: x has batch axes {rows}, but a batch has exactly one.")
     if batch.weights is not None:
         if batch.weights.shape != rows:
-            raise ShapeError(f"nll: weights have shape {batch.weights.shape}, the batch {rows}.")
+            raise ShapeError(
+                f"{owner}: weights have shape {batch.weights.shape}, the batch {rows}."
+            )
         x = _blank(jnp.asarray(batch.weights) > 0, x, 0)
-    inner, condition = _encode(flow, batch.condition, rows, batch.weights)
-    log_p = inner._log_prob(jnp.moveaxis(x, 0, -1), condition, key=key)
-    if batch.weights is None:
-        mean, total = log_p.mean(), jnp.asarray(log_p.size, log_p.dtype)
-    else:
-        weights = jnp.asarray(batch.weights, log_p.dtype)
-        total = weights.sum()
-        used = jnp.where(weights > 0, log_p, 0)
-        # A batch of padding alone has mean zero and weight zero.
-        mean = (weights * used).sum() / jnp.where(total > 0, total, 1)
-    return -mean, {"log_prob": mean, "weight": total}
+    inner, condition = _encode(owner, flow, batch.condition, rows, batch.weights)
+    return inner, jnp.moveaxis(x, 0, -1), condition
+
+
+def weighted_mean(values: Array, weights: Array | None) -> tuple[Array, Array]:
+    """Σ w_i v_i / Σ w_i and Σ w_i; values of weight zero do not count, whatever they are."""
+    if weights is None:
+        return values.mean(), jnp.asarray(values.size, values.dtype)
+    weights = jnp.asarray(weights, values.dtype)
+    total = weights.sum()
+    used = jnp.where(weights > 0, values, 0)
+    # A batch of padding alone has mean zero and weight zero.
+    return (weights * used).sum() / jnp.where(total > 0, total, 1), total
 
 
 def linear_annealing(start: float = 0.01, over: int = 10_000) -> Annealing:
@@ -310,11 +336,13 @@ def _blank(used: Array, values: Array, axis: int) -> Array:
     return jnp.where(used.reshape(shape), values, jnp.zeros((), values.dtype))
 
 
-def _encode(flow: AbstractDistribution, condition: Any, rows: Shape, weights: Array | None):
+def _encode(
+    owner: str, flow: AbstractDistribution, condition: Any, rows: Shape, weights: Array | None
+):
     """The inner distribution and its batch-last (or shared) condition."""
     condition, batch = flow._check_condition(condition)
     if batch not in ((), rows):
-        raise ShapeError(f"nll: x has batch axes {rows}, its condition {batch}.")
+        raise ShapeError(f"{owner}: x has batch axes {rows}, its condition {batch}.")
     if batch and weights is not None:
         used = jnp.asarray(weights) > 0
         condition = jtu.tree_map(lambda leaf: _blank(used, leaf, 0), condition)

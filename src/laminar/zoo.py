@@ -23,6 +23,7 @@ from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
 from laminar.bijections.compose import Chain, Permute, Repeat, repeat
+from laminar.bijections.continuous import Adjoint, Continuous, Divergence, VelocityField
 from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Shift
 from laminar.bijections.linear import LU, Householder
@@ -332,6 +333,65 @@ def sylvester(
     return _stacked("sylvester", dim, layer, key, layers, width, depth, cond_dim, base)
 
 
+def cnf(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 1,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    divergence: Divergence = "exact",
+    fixed_steps: int | None = None,
+    solver: str | None = None,
+    tolerance: float | None = None,
+    adjoint: Adjoint = "checkpoint",
+    times: int = 8,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Continuous normalizing flow (Chen et al. 2018; FFJORD, Grathwohl et al. 2019).
+
+    Both directions solve an equation; sampling without densities is the cheaper. Train it by
+    `laminar.matching.flow_matching`, which solves none, by maximum likelihood, or by
+    `laminar.matching.rnode`. See `laminar.bijections.continuous.Continuous` for `divergence`,
+    `fixed_steps`, `solver`, `tolerance`, `adjoint` and `times`.
+
+    Args:
+        dim: Number of columns D.
+        key: Draws the weights.
+        layers: Number of velocity fields, one after the other; flow matching takes one.
+        width: Hidden units of a field.
+        depth: Its residual blocks.
+        cond_dim: Length of the condition; 0 for none.
+        divergence: ``"exact"``, or ``"hutchinson"`` for many columns.
+        fixed_steps: A fixed number of steps for each field, or None for adaptive ones.
+        solver: The solver's name.
+        tolerance: Of adaptive steps.
+        adjoint: How solutions are differentiated.
+        times: Points of the path of a single field.
+        base: Base distribution, by default a standard normal.
+
+    Raises:
+        InputError: If a size or an option has no meaning.
+    """
+    _check_sizes("cnf", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+
+    def make(net_key: PRNGKeyArray) -> AbstractTransform:
+        return Continuous(
+            field=VelocityField(dim, key=net_key, width=width, depth=depth, cond_dim=cond_dim),
+            in_shape=(dim,),
+            cond_shape=(cond_dim,) if cond_dim else None,
+            divergence=divergence,
+            fixed_steps=fixed_steps,
+            solver=solver,
+            tolerance=tolerance,
+            adjoint=adjoint,
+            times=times,
+        )
+
+    return _over(base, dim, make(key) if layers == 1 else repeat(make, layers, key=key))
+
+
 BUILDERS = {
     "nsf": nsf,
     "maf": maf,
@@ -342,7 +402,8 @@ BUILDERS = {
     "radial": radial,
     "sylvester": sylvester,
 }
-"""Builders by name, as the command line knows them."""
+"""Builders by name, as the command line knows them: it fits by maximum likelihood, so without
+`cnf`."""
 
 
 def _affine(dim: int) -> AbstractTransform:

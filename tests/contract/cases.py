@@ -23,6 +23,7 @@ from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.block import BlockAutoregressive
+from laminar.bijections.continuous import Continuous, VelocityField
 from laminar.bijections.coupling import coupling
 from laminar.bijections.dynamics import Leapfrog
 from laminar.bijections.monotone import (
@@ -397,6 +398,19 @@ BLOCK = [
     Case("bnaf_single", lambda key: randomise(BlockAutoregressive(1, units=3, depth=1), key)),
 ]
 
+# Fixed steps of order 8, enough that the log-det of the computed map is the integral of the
+# divergence to rounding; adaptive ones are in tests/bijections/test_continuous.py.
+CONTINUOUS = [Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"))]
+
+
+def _continuous(key, **options):
+    """A small field of order one that depends on time and condition."""
+    field = VelocityField(
+        2, key=key, width=8, depth=1, cond_dim=2, frequencies=2, activation="tanh"
+    )
+    return randomise(Continuous(field, (2,), (2,), times=1, **options), key, 0.4)
+
+
 # Other tiers append their lists here.
 CASES: list[Case] = [
     *ELEMENTWISE,
@@ -410,6 +424,7 @@ CASES: list[Case] = [
     *RANK_ONE,
     *AMORTIZED,
     *DYNAMICS,
+    *CONTINUOUS,
     *MONOTONE,
     *BLOCK,
 ]

@@ -70,6 +70,28 @@ class AbstractTransform(eqx.Module):
     ) -> tuple[Array, Array]:
         """Data → latent: ``(x, log |det ∂x/∂y|)``."""
 
+    def points(
+        self,
+        direction: Direction,
+        x: Array,
+        condition: Condition = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Array:
+        """The image alone, for transforms whose log-det costs extra; arguments as in `call`."""
+        return call(self, direction, x, condition, key=key)[0]
+
+    def trajectory(
+        self,
+        direction: Direction,
+        x: Array,
+        condition: Condition = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[list[Array], list[Array]] | None:
+        """Images and log-dets of all `steps()` where one pass gives them, else None."""
+        return None
+
     def init_from_data(self, data: Array, condition: Condition = None, side: Side = "out") -> Self:
         """Return a copy whose data-dependent parameters suit a batch.
 
@@ -181,6 +203,11 @@ class Invert(AbstractBijection):
     def inverse(self, y, condition=None, *, key=None):
         """``bijection.forward``."""
         return call(self.bijection, "forward", y, condition, key=key)
+
+    def points(self, direction, x, condition=None, *, key=None):
+        """The image of the wrapped bijection in the other direction."""
+        other: Direction = "inverse" if direction == "forward" else "forward"
+        return self.bijection.points(other, x, condition, key=key)
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the data on as standing on the other side."""

@@ -105,6 +105,14 @@ class Chain(AbstractTransform):
         """f_1⁻¹(… f_K⁻¹(y)), with the summed log-det."""
         return self._run(self.parts[::-1], "inverse", y, condition, key)
 
+    def points(self, direction, x, condition=None, *, key=None):
+        """The image alone, part after part."""
+        parts = self.parts if direction == "forward" else self.parts[::-1]
+        keys = [None] * len(parts) if key is None else jr.split(key, len(parts))
+        for part, part_key in zip(parts, keys, strict=True):
+            x = part.points(direction, x, condition, key=part_key)
+        return x
+
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise part after part, starting at the side where the data stand."""
         order = range(len(self.parts))
@@ -206,6 +214,18 @@ class Repeat(AbstractTransform):
     def inverse(self, y, condition=None, *, key=None):
         """All layers backwards, with the summed log-det."""
         return self._run("inverse", y, condition, key, reverse=True)
+
+    def points(self, direction, x, condition=None, *, key=None):
+        """The image alone, by the same scan."""
+        dynamic, static = eqx.partition(self.layers, eqx.is_array)
+        keys = None if key is None else jr.split(key, self.length)
+
+        def body(x, slice_and_key):
+            part, layer_key = slice_and_key
+            layer = eqx.combine(part, static)
+            return layer.points(direction, x, condition, key=layer_key), None
+
+        return lax.scan(body, x, (dynamic, keys), reverse=direction == "inverse")[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise layer after layer by one scan, starting at the side where the data stand."""
@@ -372,6 +392,7 @@ class Reshape(AbstractBijection):
         """``x`` in ``out_shape``."""
         return self._run(x, self.in_shape, self.out_shape)
 
+
 class Stack(AbstractTransform):
     """A map of its own for each slice along a new leading axis: y[i] = f_i(x[i]).
 
@@ -445,7 +466,6 @@ class Stack(AbstractTransform):
     def row_cost(self, direction):
         """That of all parts together."""
         return sum(part.row_cost(direction) for part in self.parts)
-
 
     def inverse(self, y, condition=None, *, key=None):
         """``y`` in ``in_shape``."""

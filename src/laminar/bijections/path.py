@@ -38,6 +38,9 @@ def walk(
         return walk(transform.bijection, other, x, condition, key=key)
     if isinstance(transform, Repeat):
         return _walk_repeat(transform, direction, x, condition, key)
+    whole = transform.trajectory(direction, x, condition, key=key)
+    if whole is not None:
+        return whole
     parts = transform.parts if isinstance(transform, Chain) else transform.steps()
     if len(parts) == 1 and not isinstance(transform, Chain):
         y, log_det = call(transform, direction, x, condition, key=key)

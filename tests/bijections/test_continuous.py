@@ -1,0 +1,211 @@
+"""Continuous flows against the matrix exponential, and whatever the contract cannot see."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.scipy.linalg as jsl
+import numpy as np
+import pytest
+from cases import _continuous, randomise
+
+import laminar
+from laminar._errors import InputError, ShapeError
+from laminar._registry import register
+from laminar.bijections.base import Invert, call
+from laminar.bijections.compose import Chain, repeat
+from laminar.bijections.continuous import Continuous, VelocityField
+from laminar.bijections.elementwise import Affine
+from laminar.bijections.path import walk
+from laminar.testing import check_bijection
+
+
+@register("test_linear_field")
+class Linear(eqx.Module):
+    """v = A z, for single events."""
+
+    matrix: jax.Array
+
+    def __call__(self, t, z):
+        return self.matrix @ z
+
+
+MATRIX = 0.6 * jr.normal(jr.key(7), (3, 3))
+
+
+def _field(key=None, **options):
+    key = jr.key(0) if key is None else key
+    options = {"width": 8, "depth": 1, "frequencies": 2, **options}
+    return randomise(VelocityField(2, key=key, **options), key, 0.4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fixed_steps": 16}, {"fixed_steps": 400, "solver": "heun"}]
+)
+def test_a_linear_field_gives_the_matrix_exponential(options):
+    flow = Continuous(Linear(MATRIX), (3,), **options)
+    x = jr.normal(jr.key(1), (3, 5))
+    for direction, sign in (("forward", 1.0), ("inverse", -1.0)):
+        y, log_det = eqx.filter_jit(call)(flow, direction, x)
+        np.testing.assert_allclose(y, jsl.expm(sign * MATRIX) @ x, atol=2e-5)
+        np.testing.assert_allclose(log_det, sign * jnp.trace(MATRIX), atol=2e-5)
+
+
+def test_energies_are_those_of_the_linear_field():
+    flow = Continuous(Linear(MATRIX), (3,))
+    x = jr.normal(jr.key(1), (3, 4))
+    y, energies = eqx.filter_jit(flow.energies)("forward", x)
+    ts = jnp.linspace(0, 1, 201)
+    speeds = jax.vmap(lambda t: ((MATRIX @ jsl.expm(t * MATRIX) @ x) ** 2).sum(0))(ts)
+    np.testing.assert_allclose(energies.kinetic, np.trapezoid(speeds, ts, axis=0), rtol=1e-3)
+    np.testing.assert_allclose(energies.jacobian, (MATRIX**2).sum(), rtol=1e-4)
+    _, back = eqx.filter_jit(flow.energies)("inverse", y)
+    np.testing.assert_allclose(back.kinetic, energies.kinetic, rtol=1e-4)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "normal"])
+def test_hutchinson_is_unbiased(probe):
+    options = {"fixed_steps": 6, "times": 1}
+    exact = Continuous(_field(), (2,), **options)
+    guess = Continuous(_field(), (2,), divergence="hutchinson", probe=probe, **options)
+    x = jr.normal(jr.key(1), (2,))
+    truth = exact.forward(x)[1]
+    many = jnp.broadcast_to(x[:, None], (2, 20_000))  # every event of a batch has its own probes
+    y, found = eqx.filter_jit(guess.forward)(many, key=jr.key(2))
+    error = found.std() / math.sqrt(found.size)
+    assert abs(found.mean() - truth) < 4 * error + 1e-5
+    assert error > 1e-5
+    np.testing.assert_allclose(y[:, 0], exact.forward(x)[0], atol=1e-5)
+    assert guess.exactness == "unbiased"
+    with pytest.raises(InputError, match="needs a key"):
+        guess.forward(x)
+    assert jnp.isfinite(guess.points("forward", x)).all()
+    averaged = Continuous(
+        _field(), (2,), divergence="hutchinson", probe=probe, probes=16, **options
+    )
+    assert averaged.forward(many, key=jr.key(2))[1].std() < 0.5 * found.std()
+
+
+def test_adjoints_give_the_same_gradients():
+    x = jr.normal(jr.key(1), (2, 4))
+
+    @eqx.filter_jit
+    def gradient(flow, x):
+        def loss(flow):
+            z, log_det = flow.inverse(x)
+            return (0.5 * z**2).sum() - log_det.sum()
+
+        return jax.tree.leaves(eqx.filter_grad(loss)(flow))
+
+    options = ({"fixed_steps": 30}, {}, {"adjoint": "direct"}, {"adjoint": "backsolve"})
+    first, *others = (gradient(Continuous(_field(), (2,), times=1, **o), x) for o in options)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"fixed_steps": 10}])
+def test_the_path_is_one_solution_kept_at_its_times(options):
+    flow = Continuous(_field(), (2,), times=(0, 0.3, 0.5, 1), **options)
+    assert [step.name for step in flow.steps()] == [
+        "Continuous[0, 0.3]",
+        "Continuous[0.3, 0.5]",
+        "Continuous[0.5, 1]",
+    ]
+    x = jr.normal(jr.key(1), (2, 4))
+    y, log_det = eqx.filter_jit(call)(flow, "forward", x)
+    points, log_dets = eqx.filter_jit(walk)(flow, "forward", x)
+    assert len(points) == 3
+    np.testing.assert_allclose(points[-1], y, atol=1e-5)
+    np.testing.assert_allclose(sum(log_dets), log_det, atol=2e-5)
+    middle, part = eqx.filter_jit(call)(flow.steps()[1], "forward", points[0])
+    np.testing.assert_allclose(middle, points[1], atol=1e-5)
+    np.testing.assert_allclose(part, log_dets[1], atol=1e-5)
+    back, back_dets = eqx.filter_jit(walk)(flow, "inverse", y)
+    np.testing.assert_allclose(back[0], points[1], atol=1e-5)
+    np.testing.assert_allclose(back_dets[0], -log_dets[2], atol=2e-5)
+
+
+def test_points_leave_the_divergence_out_in_every_composition():
+    flow = Continuous(_field(), (2,), fixed_steps=6)
+    chain = Chain([Affine(shape=(2,)), flow, Invert(flow)])
+    stack = repeat(lambda key: Continuous(_field(key), (2,), fixed_steps=6), 2, key=jr.key(3))
+    x = jr.normal(jr.key(1), (2, 4))
+    for transform in (flow, chain, stack):
+        for direction in ("forward", "inverse"):
+            alone = transform.points(direction, x)
+            np.testing.assert_allclose(alone, call(transform, direction, x)[0], atol=1e-5)
+    plain, both = (
+        str(jax.make_jaxpr(f)(x)) for f in (lambda x: flow.points("forward", x), flow.forward)
+    )
+    assert len(plain) < 0.7 * len(both)
+
+
+def test_a_missing_value_does_not_reach_other_events():
+    flow = Continuous(_field(), (2,))
+    x = jr.normal(jr.key(1), (2, 3))
+    y, log_det = flow.forward(x.at[0, 1].set(jnp.nan))
+    clean, clean_det = flow.forward(x)
+    assert jnp.isnan(y[:, 1]).all()
+    assert jnp.isnan(log_det[1])
+    np.testing.assert_allclose(y[:, ::2], clean[:, ::2], atol=1e-5)
+    np.testing.assert_allclose(log_det[::2], clean_det[::2], atol=1e-4)
+
+
+def test_too_few_steps_give_nan():
+    y, log_det = Continuous(Linear(50 * MATRIX), (3,), max_steps=3).forward(jnp.ones(3))
+    assert jnp.isnan(y).all()
+    assert jnp.isnan(log_det)
+
+
+def test_conditions_and_times_of_a_field_broadcast():
+    field = _field(cond_dim=3)
+    z, c, t = jr.normal(jr.key(1), (2, 5)), jr.normal(jr.key(2), (3, 5)), jnp.linspace(0, 1, 5)
+    whole = field(t, z, c)
+    for i in range(5):
+        np.testing.assert_allclose(whole[:, i], field(t[i], z[:, i], c[:, i]), atol=1e-5)
+    np.testing.assert_allclose(field(t, z, c[:, 0])[:, 0], whole[:, 0], atol=1e-5)
+    flow = Continuous(Linear(MATRIX), (3,))
+    np.testing.assert_allclose(flow.velocity(t, jnp.ones((3, 5)))[:, 1], MATRIX.sum(1), atol=1e-5)
+
+
+def test_misuse_is_named():
+    field = _field()
+    for options, words in (
+        ({"divergence": "none"}, "divergence is 'none'"),
+        ({"solver": "rk"}, "solver is 'rk'"),
+        ({"probes": 0}, "probes must be at least 1"),
+        ({"times": (1.0, 0.0)}, "must be two or more and increase"),
+        ({"times": 0}, "times must be at least 1"),
+        ({"adjoint": "backsolve", "fixed_steps": 3}, "for adaptive steps"),
+        ({"solver": "euler"}, "needs fixed_steps"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Continuous(field, (2,), **options)
+    with pytest.raises(ShapeError, match="is a vector"):
+        Continuous(field, (2,), (2, 2))
+    with pytest.raises(ShapeError, match="needs a condition"):
+        Continuous(_field(cond_dim=1), (2,), (1,)).forward(jnp.zeros(2))
+    with pytest.raises(InputError, match="depth and frequencies"):
+        VelocityField(2, key=jr.key(0), depth=0)
+    with pytest.raises(InputError, match="cnf: dim"):
+        laminar.cnf(0, key=jr.key(0))
+
+
+def test_cnf_starts_as_its_base_and_inverts():
+    flow = laminar.cnf(3, key=jr.key(0), width=8, depth=1, cond_dim=2, layers=2)
+    x, c = jr.normal(jr.key(1), (5, 3)), jr.normal(jr.key(2), (2,))
+    np.testing.assert_allclose(flow.log_prob(x, c), flow.base.log_prob(x), atol=1e-5)
+    flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
+    np.testing.assert_allclose(flow.to_data(flow.to_latent(x, c), c), x, atol=1e-4)
+    samples, log_q = flow.sample_and_log_prob(jr.key(4), (5,), c)
+    np.testing.assert_allclose(samples, flow.sample(jr.key(4), (5,), c), atol=1e-4)
+    np.testing.assert_allclose(flow.log_prob(samples, c), log_q, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_adaptive_steps_keep_the_contract():
+    make = (_continuous(key, adjoint="direct") for key in jr.split(jr.key(0)))
+    assert check_bijection(next(make), key=jr.key(2), other=next(make)).passed
