@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from laminar.bijections.rank_one import Planar as Planar
     from laminar.bijections.rank_one import Radial as Radial
     from laminar.bijections.rank_one import Sylvester as Sylvester
+    from laminar.bijections.residual import Residual as Residual
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
     from laminar.bijections.templates import as_elementwise as as_elementwise
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from laminar.mixtures import GaussianMixture as GaussianMixture
     from laminar.mixtures import IsotropicMixture as IsotropicMixture
     from laminar.mixtures import Mixture as Mixture
+    from laminar.nn.lipschitz import LipschitzMLP as LipschitzMLP
     from laminar.nn.masked import MaskedMLP as MaskedMLP
     from laminar.nn.mlp import MLP as MLP
     from laminar.objectives import Batch as Batch
@@ -178,6 +180,7 @@ _NAMES = {
     "laminar.bijections.orthogonal": ("Cayley", "MatrixExponential", "QR", "SVD"),
     "laminar.bijections.quantile": ("QuantileMap",),
     "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
+    "laminar.bijections.residual": ("Residual",),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
     "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
@@ -195,6 +198,7 @@ _NAMES = {
     "laminar.io": ("load", "read_header", "save"),
     "laminar.matching": ("flow_matching", "rnode"),
     "laminar.mixtures": ("GaussianMixture", "IsotropicMixture", "Mixture"),
+    "laminar.nn.lipschitz": ("LipschitzMLP",),
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),
     "laminar.objectives": ("Batch", "nll"),

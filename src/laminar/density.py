@@ -101,7 +101,7 @@ class AbstractDistribution(eqx.Module):
 
     @property
     def exactness(self) -> str:
-        """Whether `log_prob` is ``"exact"``, an ``"unbiased"`` estimate or a ``"bound"``."""
+        """Whether `log_prob` is ``"exact"``, ``"unbiased"``, a ``"bound"`` or ``"biased"``."""
         return "exact"
 
     def _row_cost(self, direction: Direction) -> int:
@@ -232,7 +232,9 @@ class AbstractDistribution(eqx.Module):
 
     def _check_key(self, key: PRNGKeyArray | None, method: str) -> None:
         if key is None and self.exactness != "exact":
-            kind = "an unbiased estimate" if self.exactness == "unbiased" else "a bound"
+            kind = {"unbiased": "an unbiased estimate", "biased": "a biased estimate"}.get(
+                self.exactness, "a bound"
+            )
             raise InputError(
                 f"{self.name}: the log-density is {kind}, not exact, so {method} needs a random "
                 f"key: {method}(…, key=key)."

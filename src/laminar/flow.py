@@ -140,7 +140,8 @@ class Flow(AbstractDistribution):
     def exactness(self) -> str:
         """The weaker exactness of base and bijection."""
         kinds = {self._base.exactness, self._map.exactness}
-        return "bound" if "bound" in kinds else "unbiased" if "unbiased" in kinds else "exact"
+        order = ("biased", "bound", "unbiased")
+        return next((kind for kind in order if kind in kinds), "exact")
 
     def _row_cost(self, direction: Direction) -> int:
         return max(self._base._row_cost(direction), self._map.row_cost(direction))

@@ -255,7 +255,7 @@ class Mixture(AbstractDistribution):
     def exactness(self) -> str:
         """The weakest exactness among the components: an estimate in a logarithm is a bound."""
         kinds = {part.exactness for part in self._parts()}
-        return "exact" if kinds == {"exact"} else "bound"
+        return "biased" if "biased" in kinds else "exact" if kinds == {"exact"} else "bound"
 
     def _row_cost(self, direction: Direction) -> int:
         # Stacked components run side by side, separate ones one after the other.

@@ -37,8 +37,10 @@ from laminar.bijections.monotone import (
 from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.quantile import QuantileMap
 from laminar.bijections.rank_one import Planar, Radial, Sylvester
+from laminar.bijections.residual import Residual
 from laminar.bijections.splines import Linear, RationalQuadratic
 from laminar.bijections.templates import as_elementwise
+from laminar.nn.lipschitz import LipschitzMLP
 
 INF = math.inf
 
@@ -398,6 +400,18 @@ BLOCK = [
     Case("bnaf_single", lambda key: randomise(BlockAutoregressive(1, units=3, depth=1), key)),
 ]
 
+RESIDUAL = [
+    Case("residual", lambda key: _residual(3, key, cond_dim=2)),
+    Case("residual_repeat", lambda key: C.repeat(lambda k: Invert(_residual(2, k)), 2, key=key)),
+]
+
+
+def _residual(dim, key, lipschitz=0.6, **options):
+    """Weights large enough that the bound has to scale them."""
+    net = LipschitzMLP(dim, width=6, depth=1, lipschitz=lipschitz, key=key, **options)
+    return randomise(Residual(net), key)
+
+
 # Fixed steps of order 8, enough that the log-det of the computed map is the integral of the
 # divergence to rounding; adaptive ones are in tests/bijections/test_continuous.py.
 CONTINUOUS = [Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"))]
@@ -425,6 +439,7 @@ CASES: list[Case] = [
     *AMORTIZED,
     *DYNAMICS,
     *CONTINUOUS,
+    *RESIDUAL,
     *MONOTONE,
     *BLOCK,
 ]

@@ -19,7 +19,7 @@ import jax.random as jr
 from laminar._errors import ShapeError
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
 
-Exactness = Literal["exact", "unbiased", "bound"]
+Exactness = Literal["exact", "unbiased", "bound", "biased"]
 Side = Literal["out", "in"]
 
 
@@ -37,7 +37,8 @@ class AbstractTransform(eqx.Module):
         out_shape: Shape of one data event.
         cond_shape: Shape of one condition, or None when the transform takes none. A transform that
             takes none ignores the one it is given, so parts of a chain need not agree to have one.
-        exactness: Whether the log-det is ``"exact"``, an ``"unbiased"`` estimate, or a ``"bound"``.
+        exactness: Whether the log-det is ``"exact"``, an ``"unbiased"`` estimate, a ``"bound"``, or
+            an estimate that is ``"biased"``.
         batch_last: Whether trailing batch axes are accepted (see the module's first lines).
 
     Outside the support ``inverse`` returns a finite clamped point and a log-det of −inf; NaN stays
@@ -168,8 +169,11 @@ def call(
     )
 
 
-class Invert(AbstractBijection):
-    """The inverse of a bijection as a bijection: forward and inverse change places."""
+class Invert(AbstractTransform):
+    """The inverse of a bijection as a bijection: forward and inverse change places.
+
+    The log-det may be an estimate, but not a bound, which would then be one on the other side.
+    """
 
     bijection: AbstractTransform
     batch_last: ClassVar[bool] = True
@@ -190,11 +194,15 @@ class Invert(AbstractBijection):
         return self.bijection.cond_shape
 
     def __check_init__(self):
-        if self.bijection.exactness != "exact":
+        if self.bijection.exactness == "bound":
             raise ShapeError(
-                f"Invert takes an exact bijection, and {self.bijection.name} is declared "
-                f"{self.bijection.exactness!r}."
+                f"Invert takes no bounds, and {self.bijection.name} is declared 'bound'."
             )
+
+    @property
+    def exactness(self) -> Exactness:
+        """That of the wrapped bijection."""
+        return self.bijection.exactness
 
     def forward(self, x, condition=None, *, key=None):
         """``bijection.inverse``."""

@@ -26,9 +26,10 @@ from laminar.bijections.base import (
 
 
 def weakest(parts: Sequence[AbstractTransform]) -> Exactness:
-    """The exactness of a composition: a bound spoils all, an estimate spoils the exact."""
+    """The exactness of a composition: a bias spoils all, then a bound, then an estimate."""
     kinds = {part.exactness for part in parts}
-    return "bound" if "bound" in kinds else "unbiased" if "unbiased" in kinds else "exact"
+    order: tuple[Exactness, ...] = ("biased", "bound", "unbiased", "exact")
+    return next(kind for kind in order if kind in kinds)
 
 
 def merge_cond_shapes(owner: str, parts: Sequence[AbstractTransform]) -> Shape | None:
@@ -372,27 +373,6 @@ class Independent(AbstractBijection):
         return Independent(inner, self.size, self.stacked)
 
 
-class Reshape(AbstractBijection):
-    """Change the event's shape and keep its elements in row-major order; log-det zero."""
-
-    in_shape: Shape = eqx.field(static=True)
-    out_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True, default=None)
-    batch_last: ClassVar[bool] = True
-
-    def __check_init__(self):
-        if math.prod(self.in_shape) != math.prod(self.out_shape):
-            raise ShapeError(f"Reshape: {self.in_shape} and {self.out_shape} differ in size.")
-
-    def _run(self, x, old, new):
-        batch = x.shape[len(old) :]
-        return x.reshape(new + batch), jnp.zeros(batch, x.dtype)
-
-    def forward(self, x, condition=None, *, key=None):
-        """``x`` in ``out_shape``."""
-        return self._run(x, self.in_shape, self.out_shape)
-
-
 class Stack(AbstractTransform):
     """A map of its own for each slice along a new leading axis: y[i] = f_i(x[i]).
 
@@ -447,7 +427,7 @@ class Stack(AbstractTransform):
             for i, (part, part_key) in enumerate(zip(self.parts, keys, strict=True))
         ]
         images, log_dets = zip(*results, strict=True)
-        return jnp.stack(images), sum(log_dets[1:], log_dets[0])
+        return jnp.stack(images), jnp.sum(jnp.stack(log_dets), 0)
 
     def forward(self, x, condition=None, *, key=None):
         """``f_i(x[i])`` stacked, with the summed log-det."""
@@ -466,6 +446,27 @@ class Stack(AbstractTransform):
     def row_cost(self, direction):
         """That of all parts together."""
         return sum(part.row_cost(direction) for part in self.parts)
+
+
+class Reshape(AbstractBijection):
+    """Change the event's shape and keep its elements in row-major order; log-det zero."""
+
+    in_shape: Shape = eqx.field(static=True)
+    out_shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True, default=None)
+    batch_last: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if math.prod(self.in_shape) != math.prod(self.out_shape):
+            raise ShapeError(f"Reshape: {self.in_shape} and {self.out_shape} differ in size.")
+
+    def _run(self, x, old, new):
+        batch = x.shape[len(old) :]
+        return x.reshape(new + batch), jnp.zeros(batch, x.dtype)
+
+    def forward(self, x, condition=None, *, key=None):
+        """``x`` in ``out_shape``."""
+        return self._run(x, self.in_shape, self.out_shape)
 
     def inverse(self, y, condition=None, *, key=None):
         """``y`` in ``in_shape``."""
