@@ -1,13 +1,14 @@
 """Every builder: identity at the start, exact both ways, conditioned, and honest about misuse."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 from cases import randomise
 
-from laminar import zoo
+from laminar import _stacks, zoo
 from laminar._errors import InputError
 from laminar.bijections.base import Invert
 from laminar.bijections.splines import RationalQuadratic
@@ -83,7 +84,7 @@ def test_nice_mixes_at_random_and_keeps_volume(mixing):
 @pytest.mark.parametrize("dim", [2, 5])
 def test_random_permutations_never_let_the_same_half_pass_twice(dim):
     for seed in range(5):
-        orders = np.asarray(zoo._random_orders(dim, 9, jr.key(seed)))
+        orders = np.asarray(_stacks.random_orders(dim, 9, jr.key(seed)))
         assert (np.sort(orders, axis=1) == np.arange(dim)).all()
         halves = orders < dim // 2
         assert (halves[1:] != halves[:-1]).any(axis=1).all()
@@ -108,7 +109,7 @@ def test_triangular_sylvester_layers_take_turns_in_their_order():
 
 
 def test_orders_come_in_opposite_pairs():
-    orders = np.asarray(zoo._orders(6, 5, jr.key(0)))
+    orders = np.asarray(_stacks.paired_orders(6, 5, jr.key(0)))
     assert orders.shape == (5, 6)
     np.testing.assert_array_equal(orders[0], np.arange(6))
     np.testing.assert_array_equal(orders[0::2][:2] + orders[1::2], np.full((2, 6), 5))
@@ -123,6 +124,30 @@ def test_a_pair_of_coupling_layers_moves_every_column():
     for first, second in zip(moved[::2], moved[1::2], strict=True):
         assert first.sum() == second.sum() == 3
         assert (first | second).all()
+
+
+def test_a_graph_is_kept_by_every_layer():
+    parents = [[1], [], [0], []]
+    for name in ("nsf", "maf"):
+        flow = zoo.BUILDERS[name](4, key=jr.key(0), graph=parents, **SMALL)
+        flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
+        x = jr.normal(jr.key(1), (7, 4))
+        np.testing.assert_allclose(_both_ways(flow, x)[0], x, atol=2e-3)
+        moves = jax.jacfwd(lambda x: flow.bijection.inverse(x)[0])(x[0]) != 0
+        ancestors = np.eye(4, dtype=bool)
+        ancestors[0, 1] = ancestors[2, 0] = ancestors[2, 1] = True
+        np.testing.assert_array_equal(moves, ancestors)
+    with pytest.raises(InputError, match="do not keep to a graph"):
+        zoo.nsf(4, key=jr.key(0), graph=parents, coupling=True)
+
+
+@pytest.mark.parametrize("name", ["gaussianization", "residual"])
+def test_layers_are_set_from_data(name):
+    flow = zoo.BUILDERS[name](3, key=jr.key(0), **SMALL)
+    x = 7 + jnp.diag(jnp.asarray([1.0, 20.0, 0.1])) @ jr.normal(jr.key(1), (3, 200))
+    z = flow.bijection.init_from_data(x).inverse(x)[0]
+    np.testing.assert_allclose(z.mean(1), 0.0, atol=1e-2)
+    np.testing.assert_allclose((z**2).mean(), 1.0, atol=0.1)
 
 
 def test_misuse_is_named():

@@ -116,14 +116,18 @@ if TYPE_CHECKING:
     from laminar.train.source import ArraySource as ArraySource
     from laminar.train.source import MappedSource as MappedSource
     from laminar.train.source import Stream as Stream
+    from laminar.zoo import bnaf as bnaf
     from laminar.zoo import cnf as cnf
+    from laminar.zoo import gaussianization as gaussianization
     from laminar.zoo import iaf as iaf
     from laminar.zoo import maf as maf
+    from laminar.zoo import naf as naf
     from laminar.zoo import nice as nice
     from laminar.zoo import nsf as nsf
     from laminar.zoo import planar as planar
     from laminar.zoo import radial as radial
     from laminar.zoo import realnvp as realnvp
+    from laminar.zoo import residual as residual
     from laminar.zoo import sylvester as sylvester
 
 _NAMES = {
@@ -210,14 +214,18 @@ _NAMES = {
     "laminar.train.history": ("History",),
     "laminar.train.source": ("ArraySource", "MappedSource", "Stream"),
     "laminar.zoo": (
+        "bnaf",
         "cnf",
+        "gaussianization",
         "iaf",
         "maf",
+        "naf",
         "nice",
         "nsf",
         "planar",
         "radial",
         "realnvp",
+        "residual",
         "sylvester",
     ),
 }

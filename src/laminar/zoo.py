@@ -9,38 +9,45 @@ of permuting, so the path z_0, …, z_K can be followed column by column.
 network (see `laminar.bijections.amortized`), which is how `width` and `depth` are meant there.
 """
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import get_args
 
-import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 
 from laminar._errors import InputError
-from laminar._typing import Array, PRNGKeyArray
+from laminar._stacks import (
+    MAX_LOG_SCALE,
+    Fast,
+    Mixing,
+    affine_template,
+    check_fast,
+    check_sizes,
+    conditioned,
+    flow_over,
+    paired_orders,
+    random_rotation,
+    rank_one,
+    stacked,
+)
+from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.amortized import amortized
-from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
-from laminar.bijections.compose import Chain, Permute, Repeat, repeat
+from laminar.bijections.block import BlockAutoregressive
+from laminar.bijections.compose import Chain, repeat
 from laminar.bijections.continuous import Adjoint, Continuous, Divergence, VelocityField
-from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Shift
-from laminar.bijections.linear import LU, Householder
+from laminar.bijections.linear import ActNorm
+from laminar.bijections.monotone import DeepSigmoidal
 from laminar.bijections.rank_one import Planar, Radial, Sylvester, SylvesterKind
+from laminar.bijections.residual import LogDet, Residual
 from laminar.bijections.splines import RationalQuadratic
 from laminar.density import AbstractDistribution
-from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.nn.lipschitz import LipschitzMLP
 from laminar.preset import Preset as Preset
 from laminar.preset import preset as preset
 
-Fast = Literal["log_prob", "sample"]
-Mixing = Literal["order", "permutation", "orthogonal"]
-
-MAX_LOG_SCALE = 3.0
-"""Bound on the log-scale of one affine layer: enough for any standardised data, and what keeps
-deep affine flows from overflowing."""
+Graph = ArrayLike | Sequence[Sequence[int]] | None
 
 
 def nsf(
@@ -58,6 +65,7 @@ def nsf(
     residual: bool = False,
     linear: bool = False,
     affine: bool = False,
+    graph: Graph = None,
     base: AbstractDistribution | None = None,
 ) -> Flow:
     """Neural spline flow: rational-quadratic splines (Durkan et al. 2019).
@@ -82,6 +90,8 @@ def nsf(
         linear: Follow every layer by a learned linear map (LU), as the paper does for tables.
         affine: Follow every spline by a scale and shift that depend on the other columns too, which
             brings heavy-tailed columns of varying spread into the interval.
+        graph: Which columns each column depends on, if known: an array (D, D) or a list of parents
+            (see `laminar.bijections.autoregressive.masked_autoregressive`). All layers keep to it.
         base: Base distribution, by default a standard normal.
 
     Raises:
@@ -90,7 +100,7 @@ def nsf(
     template = RationalQuadratic(bins, interval=(-interval, interval))
     if affine:
         template = Chain([template, Affine(max_log_scale=MAX_LOG_SCALE)])
-    stack = _build(
+    stack = conditioned(
         "nsf",
         dim,
         template,
@@ -103,8 +113,9 @@ def nsf(
         fast=fast,
         residual=residual,
         linear=linear,
+        graph=graph,
     )
-    return _over(base, dim, stack)
+    return flow_over(base, dim, stack)
 
 
 def maf(
@@ -118,6 +129,7 @@ def maf(
     fast: Fast = "log_prob",
     residual: bool = False,
     linear: bool = False,
+    graph: Graph = None,
     base: AbstractDistribution | None = None,
 ) -> Flow:
     """Masked autoregressive flow with affine maps (Papamakarios et al. 2017).
@@ -125,10 +137,10 @@ def maf(
     ``log_prob`` is one dense pass, and sampling costs about as much. A single column gets spline
     maps: affine ones could only fit a Gaussian. Arguments are those of `nsf`.
     """
-    stack = _build(
+    stack = conditioned(
         "maf",
         dim,
-        _affine(dim),
+        affine_template(dim),
         key=key,
         layers=layers,
         width=width,
@@ -137,8 +149,9 @@ def maf(
         fast=fast,
         residual=residual,
         linear=linear,
+        graph=graph,
     )
-    return _over(base, dim, stack)
+    return flow_over(base, dim, stack)
 
 
 def iaf(
@@ -185,10 +198,10 @@ def realnvp(
 
     A single column gets spline maps. Arguments are those of `nsf`.
     """
-    stack = _build(
+    stack = conditioned(
         "realnvp",
         dim,
-        _affine(dim),
+        affine_template(dim),
         key=key,
         layers=layers,
         width=width,
@@ -197,7 +210,7 @@ def realnvp(
         coupled=True,
         linear=linear,
     )
-    return _over(base, dim, stack)
+    return flow_over(base, dim, stack)
 
 
 def nice(
@@ -234,10 +247,10 @@ def nice(
         raise InputError(
             f"nice: mixing must be 'order', 'permutation' or 'orthogonal', not {mixing!r}."
         )
-    stack = _build(
+    stack = conditioned(
         "nice",
         dim,
-        Shift() if dim > 1 else _affine(dim),
+        Shift() if dim > 1 else affine_template(dim),
         key=key,
         layers=layers,
         width=width,
@@ -246,7 +259,69 @@ def nice(
         coupled=True,
         mixing=mixing,
     )
-    return _over(base, dim, Chain([stack, Affine(shape=(dim,))]))
+    return flow_over(base, dim, Chain([stack, Affine(shape=(dim,))]))
+
+
+def naf(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 2,
+    width: int = 128,
+    depth: int = 2,
+    units: int = 16,
+    sigmoid_layers: int = 1,
+    cond_dim: int = 0,
+    fast: Fast = "log_prob",
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Neural autoregressive flow (Huang et al. 2018): the scalar maps are small networks.
+
+    The fast direction is one dense pass and closed; the other finds a root for every column, one
+    column after the other. A map has `sigmoid_layers` layers of `units` sigmoids; more than one
+    layer is the paper's deep dense kind. For other scalar maps see
+    `laminar.bijections.autoregressive.masked_autoregressive`. Other arguments are those of `nsf`.
+    """
+    stack = conditioned(
+        "naf",
+        dim,
+        Invert(DeepSigmoidal(units, sigmoid_layers)),
+        key=key,
+        layers=layers,
+        width=width,
+        depth=depth,
+        cond_dim=cond_dim,
+        fast=fast,
+    )
+    return flow_over(base, dim, stack)
+
+
+def bnaf(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 2,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    fast: Fast = "log_prob",
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Block neural autoregressive flow (De Cao et al. 2019): each layer is one monotone network.
+
+    The fast direction is one dense pass; the other solves for one column after the other. Each
+    column has ⌈width / D⌉ hidden units, at least 4, in each of `depth` hidden layers. Arguments
+    are those of `nsf`.
+    """
+    check_sizes("bnaf", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+    check_fast("bnaf", fast)
+    units = max(4, -(-width // dim))
+
+    def make(order: Array) -> AbstractTransform:
+        layer = BlockAutoregressive(dim, units=units, depth=depth, cond_dim=cond_dim, order=order)
+        return Invert(layer) if fast == "log_prob" else layer
+
+    return flow_over(base, dim, repeat(make, layers, over=paired_orders(dim, layers, key)))
 
 
 def planar(
@@ -279,8 +354,8 @@ def planar(
     Raises:
         InputError: If a size or `fast` has no meaning.
     """
-    layer = _rank_one("planar", lambda at: Planar(dim, key=at[1]), fast)
-    return _stacked("planar", dim, layer, key, layers, width, depth, cond_dim, base)
+    layer = rank_one("planar", lambda at: Planar(dim, key=at[1]), fast)
+    return stacked("planar", dim, layer, key, layers, width, depth, cond_dim, base)
 
 
 def radial(
@@ -299,8 +374,8 @@ def radial(
     A layer has D + 2 numbers; both directions are closed and cost O(D). Arguments are those of
     `planar`.
     """
-    layer = _rank_one("radial", lambda at: Radial(dim, key=at[1]), fast)
-    return _stacked("radial", dim, layer, key, layers, width, depth, cond_dim, base)
+    layer = rank_one("radial", lambda at: Radial(dim, key=at[1]), fast)
+    return stacked("radial", dim, layer, key, layers, width, depth, cond_dim, base)
 
 
 def sylvester(
@@ -329,8 +404,8 @@ def sylvester(
         order = at[0] if kind == "triangular" else None
         return Sylvester(dim, columns, kind=kind, reflections=reflections, order=order, key=at[1])
 
-    layer = _rank_one("sylvester", make, fast)
-    return _stacked("sylvester", dim, layer, key, layers, width, depth, cond_dim, base)
+    layer = rank_one("sylvester", make, fast)
+    return stacked("sylvester", dim, layer, key, layers, width, depth, cond_dim, base)
 
 
 def cnf(
@@ -374,7 +449,7 @@ def cnf(
     Raises:
         InputError: If a size or an option has no meaning.
     """
-    _check_sizes("cnf", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+    check_sizes("cnf", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
 
     def make(net_key: PRNGKeyArray) -> AbstractTransform:
         return Continuous(
@@ -389,7 +464,75 @@ def cnf(
             times=times,
         )
 
-    return _over(base, dim, make(key) if layers == 1 else repeat(make, layers, key=key))
+    return flow_over(base, dim, make(key) if layers == 1 else repeat(make, layers, key=key))
+
+
+def residual(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 16,
+    width: int = 128,
+    depth: int = 2,
+    cond_dim: int = 0,
+    fast: Fast = "log_prob",
+    log_det: LogDet = "exact",
+    terms: int = 8,
+    probes: int = 1,
+    lipschitz: float = 0.9,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Residual flow (Behrmann et al. 2019; Chen et al. 2019), with an `ActNorm` after each layer.
+
+    The fast direction is explicit, the other a fixed point. An exact log-det costs D passes; for
+    many columns train with ``"roulette"`` and evaluate by
+    `laminar.bijections.residual.with_log_det`. See `laminar.bijections.residual.Residual` for
+    `log_det`, `terms` and `probes`, and `laminar.nn.lipschitz.LipschitzMLP` for `lipschitz`. Other
+    arguments are those of `nsf`.
+    """
+    check_sizes("residual", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+    check_fast("residual", fast)
+
+    def make(net_key: PRNGKeyArray) -> AbstractTransform:
+        net = LipschitzMLP(
+            dim, width=width, depth=depth, cond_dim=cond_dim, lipschitz=lipschitz, key=net_key
+        )
+        layer = Residual(net, log_det, terms, probes)
+        return Chain([Invert(layer) if fast == "log_prob" else layer, ActNorm(dim)])
+
+    return flow_over(base, dim, repeat(make, layers, key=key))
+
+
+def gaussianization(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 8,
+    width: int = 128,
+    depth: int = 2,
+    bins: int = 16,
+    cond_dim: int = 0,
+    interval: float = 5.0,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Gaussianization flow (Meng et al. 2020): rotate, make every marginal normal, repeat.
+
+    A layer scales and bends each coordinate of a rotated system on its own, by an `ActNorm`, which
+    is set from data, and a spline; both directions cost a few thin products. The rotations are
+    random and trained from there. There are no networks but for a condition, which moves the
+    splines: `width` and `depth` are those of that network. Other arguments are those of `nsf`.
+    """
+    check_sizes("gaussianization", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+
+    def make(layer_key: PRNGKeyArray) -> AbstractTransform:
+        move_key, net_key = jr.split(layer_key)
+        turn = random_rotation(dim, key=move_key)
+        bend = RationalQuadratic(bins, (dim,), interval=(-interval, interval), tails="linear")
+        if cond_dim:
+            bend = amortized(bend, cond_dim, width=width, depth=depth, key=net_key)
+        return Chain([Invert(turn), bend, ActNorm(dim), turn])
+
+    return flow_over(base, dim, repeat(make, layers, key=key))
 
 
 BUILDERS = {
@@ -397,150 +540,14 @@ BUILDERS = {
     "maf": maf,
     "iaf": iaf,
     "realnvp": realnvp,
+    "residual": residual,
+    "gaussianization": gaussianization,
     "nice": nice,
+    "naf": naf,
+    "bnaf": bnaf,
     "planar": planar,
     "radial": radial,
     "sylvester": sylvester,
 }
 """Builders by name, as the command line knows them: it fits by maximum likelihood, so without
 `cnf`."""
-
-
-def _affine(dim: int) -> AbstractTransform:
-    """The affine template, or for a single column a spline of the same default width."""
-    return Affine(max_log_scale=MAX_LOG_SCALE) if dim > 1 else RationalQuadratic(16)
-
-
-def _build(
-    name: str,
-    dim: int,
-    template: AbstractTransform,
-    *,
-    key: PRNGKeyArray,
-    layers: int,
-    width: int,
-    depth: int,
-    cond_dim: int,
-    coupled: bool = False,
-    fast: Fast = "log_prob",
-    residual: bool = False,
-    linear: bool = False,
-    mixing: Mixing = "order",
-) -> Repeat:
-    """A scanned stack of layers of one kind, whose parameters networks set."""
-    _check_sizes(name, cond_dim, dim=dim, layers=layers, width=width, depth=depth)
-    _check_fast(name, fast)
-
-    def autoregressive(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
-        layer = masked_autoregressive(
-            dim,
-            template,
-            width=width,
-            depth=depth,
-            cond_dim=cond_dim,
-            residual=residual,
-            order=order,
-            key=net_key,
-        )
-        return Invert(layer) if fast == "sample" else layer
-
-    def coupled_layer(order: Array, net_key: PRNGKeyArray) -> AbstractTransform:
-        if mixing == "orthogonal":
-            mix_key, net_key = jr.split(net_key)
-            move = _random_rotation(dim, key=mix_key)
-        else:
-            # The entry at position i of the order comes to place i; the first half conditions.
-            move = Permute(jnp.argsort(order))
-        layer = coupling(dim, template, width=width, depth=depth, cond_dim=cond_dim, key=net_key)
-        return Chain([move, layer, Invert(move)])
-
-    def make(at: tuple[Array, PRNGKeyArray]) -> AbstractTransform:
-        order, net_key = at
-        layer = (coupled_layer if coupled and dim > 1 else autoregressive)(order, net_key)
-        return Chain([layer, LU(dim)]) if linear else layer
-
-    order_key, net_key = jr.split(key)
-    orders = (_random_orders if mixing == "permutation" else _orders)(dim, layers, order_key)
-    return repeat(make, layers, over=(orders, jr.split(net_key, layers)))
-
-
-def _rank_one(
-    name: str, make: Callable[[tuple[Array, PRNGKeyArray]], AbstractTransform], fast: Fast
-) -> Callable[[tuple[Array, PRNGKeyArray]], AbstractTransform]:
-    """A maker of layers that are closed in the direction asked for."""
-    _check_fast(name, fast)
-    return make if fast == "sample" else lambda at: Invert(make(at))
-
-
-def _stacked(
-    name: str,
-    dim: int,
-    make: Callable[[tuple[Array, PRNGKeyArray]], AbstractTransform],
-    key: PRNGKeyArray,
-    layers: int,
-    width: int,
-    depth: int,
-    cond_dim: int,
-    base: AbstractDistribution | None,
-) -> Flow:
-    """A flow of layers without networks, one network for all of them if there is a condition."""
-    _check_sizes(name, cond_dim, dim=dim, layers=layers, width=width, depth=depth)
-    layer_key, net_key = jr.split(key)
-    orders = jnp.arange(layers)[:, None] % 2 * (dim - 1)
-    orders = jnp.abs(orders - jnp.arange(dim)[None]).astype(jnp.int32)
-    stack = repeat(make, layers, over=(orders, jr.split(layer_key, layers)))
-    if cond_dim:
-        stack = amortized(stack, cond_dim, width=width, depth=depth, key=net_key)
-    return _over(base, dim, stack)
-
-
-def _random_rotation(dim: int, *, key: PRNGKeyArray) -> Householder:
-    """A random orthogonal map: its reflections do not come in pairs that cancel."""
-    pair_key, key = jr.split(key)
-    rotation = Householder(dim, dim, key=pair_key)
-    return eqx.tree_at(lambda h: h.vectors, rotation, jr.normal(key, (dim, dim)))
-
-
-def _check_sizes(name: str, cond_dim: int, **sizes: int) -> None:
-    for size, value in sizes.items():
-        if value < 1:
-            raise InputError(f"{name}: {size} must be at least 1, not {value}.")
-    if cond_dim < 0:
-        raise InputError(f"{name}: cond_dim must be 0 or more, not {cond_dim}.")
-
-
-def _check_fast(name: str, fast: str) -> None:
-    if fast not in ("log_prob", "sample"):
-        raise InputError(f"{name}: fast must be 'log_prob' or 'sample', not {fast!r}.")
-
-
-def _over(base: AbstractDistribution | None, dim: int, stack: AbstractTransform) -> Flow:
-    """The flow of a stack over a base, by default the standard normal."""
-    return Flow(Normal(dim) if base is None else base, stack)
-
-
-def _orders(dim: int, layers: int, key: PRNGKeyArray) -> Array:
-    """One order for each layer, ``(layers, dim)``: random ones, each followed by its reverse.
-
-    An order and its reverse together let every column depend on every other, so two layers already
-    have no independence built in.
-    """
-    pairs = jnp.stack([jr.permutation(k, dim) for k in jr.split(key, (layers + 1) // 2)])
-    pairs = pairs.at[0].set(jnp.arange(dim))
-    both = jnp.stack([pairs, dim - 1 - pairs], axis=1).reshape(-1, dim)
-    return both[:layers].astype(jnp.int32)
-
-
-def _random_orders(dim: int, layers: int, key: PRNGKeyArray) -> Array:
-    """A random order for each layer, turned around where the half that passes would stay the same.
-
-    In a few dimensions independent orders would often leave some columns where they are.
-    """
-
-    def draw(before: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-        order = jr.permutation(key, dim).astype(jnp.int32)
-        half = order < dim // 2
-        order = jnp.where(jnp.array_equal(half, before), dim - 1 - order, order)
-        return order < dim // 2, order
-
-    return lax.scan(draw, jnp.ones((dim,), bool), jr.split(key, layers))[1]
