@@ -304,3 +304,32 @@ def test_parameter_counts():
     assert RationalQuadratic(8, (2,), tails="linear").params.shape == (25, 2)
     assert Linear(8).params.shape == (16,)
     assert eqx.tree_equal(RationalQuadratic(8), RationalQuadratic(8))
+
+
+def test_a_circular_spline_closes_smoothly_and_turns():
+    with jax.enable_x64(True):
+        edge = float(np.pi)
+        spline = RationalQuadratic(5, interval=(-edge, edge), tails="circular")
+        assert spline.params.shape == (16,)
+        params = _random(spline, jr.key(0)).at[-1].set(0)[:, None]
+        x = jnp.asarray([-edge, -1.0, 0.0, 2.0, edge])
+        y, log_slope = _run(spline, "forward_kernel", params, x)
+        np.testing.assert_allclose(log_slope[0], log_slope[-1], rtol=1e-12)
+        np.testing.assert_allclose(jnp.cos(y[jnp.asarray([0, -1])]), -1)  # one point
+        for angle in (1.0, -2.5, 20.0):
+            turned, log_turned = _run(spline, "forward_kernel", params.at[-1].set(angle), x)
+            gap = (turned - y - angle) / (2 * edge)
+            np.testing.assert_allclose(gap, jnp.round(gap), atol=1e-12)
+            assert bool(((turned >= -edge) & (turned <= edge)).all())
+            np.testing.assert_allclose(log_turned, log_slope, rtol=1e-12)
+            back, _ = _run(spline, "inverse_kernel", params.at[-1].set(angle), turned)
+            np.testing.assert_allclose(jnp.cos(back), jnp.cos(x), atol=1e-10)
+        zero = jnp.zeros((16, 1))
+        np.testing.assert_allclose(
+            _run(spline, "forward_kernel", zero, x[1:-1])[0], x[1:-1], atol=1e-15
+        )
+
+
+def test_only_the_rational_quadratic_closes_on_a_circle():
+    with pytest.raises(InputError, match="tails must be 'identity', 'linear' or None"):
+        Linear(4, tails="circular")

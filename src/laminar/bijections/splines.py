@@ -48,7 +48,7 @@ class RationalQuadratic(AbstractElementwise):
             is the interval and outside it the log-det is −inf, P = 3K+1. ``"circular"``: as None,
             for the interval as a circle (Rezende et al. 2020): both ends have one slope, so the
             density closes smoothly, and a shift around the circle, the last parameter, follows,
-            P = 3K+1; an angle lies in [lo, hi), as in ``(−math.pi, math.pi)``.
+            P = 3K+1; give it an interval such as ``(-math.pi, math.pi)``.
         min_width: Least bin width, as a fraction of the interval.
         min_height: Least bin height, likewise.
         min_slope: Least slope at a knot.
