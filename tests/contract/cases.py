@@ -387,7 +387,6 @@ MONOTONE = [
     ),
     Case("sum_of_squares", lambda key: randomise(SumOfSquares(shape=(2,)), key), edges=ENDS),
     Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS),
-    Case("bernstein_autoregressive", _autoregressive(3, Bernstein(4))),
     Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key)),
 ]
 
@@ -397,7 +396,6 @@ BLOCK = [
         "bnaf_conditional",
         lambda key: randomise(BlockAutoregressive(2, units=3, depth=1, cond_dim=2), key),
     ),
-    Case("bnaf_single", lambda key: randomise(BlockAutoregressive(1, units=3, depth=1), key)),
 ]
 
 RESIDUAL = [

@@ -20,7 +20,21 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "float64"]
 
 _MOST_STEPS = 2**31 - 2  # as in `laminar.train.state`, which loads JAX
-FLOWS = ("auto", "nsf", "maf", "iaf", "realnvp", "nice", "planar", "radial", "sylvester")
+FLOWS = (
+    "auto",
+    "nsf",
+    "maf",
+    "iaf",
+    "realnvp",
+    "residual",
+    "gaussianization",
+    "nice",
+    "naf",
+    "bnaf",
+    "planar",
+    "radial",
+    "sylvester",
+)
 """What --flow takes: ``auto`` and the names of `laminar.zoo.BUILDERS`, without loading those."""
 
 _CACHE_LIMIT = 2**30
