@@ -16,9 +16,9 @@ from laminar.bijections.amortized import (
     takes_batched_parameters,
 )
 from laminar.bijections.base import Invert, call
-from laminar.bijections.compose import Chain, Permute, repeat, reverse
+from laminar.bijections.compose import Chain, Permute, Stack, repeat, reverse
 from laminar.bijections.coupling import coupling
-from laminar.bijections.elementwise import Affine, Exp
+from laminar.bijections.elementwise import Affine, Exp, SinhArcsinh
 from laminar.bijections.linear import LU
 from laminar.bijections.rank_one import Planar, Radial, Sylvester
 from laminar.bijections.splines import RationalQuadratic
@@ -123,3 +123,15 @@ def test_misuse_is_named():
         amortized(coupling(3, Affine(), cond_dim=4, key=key), 2, key=key)
     with pytest.raises(ShapeError, match="got none"):
         amortized(planar, 2, key=key).forward(jnp.zeros((3,)))
+
+
+def test_a_stack_of_unlike_maps_takes_a_row_of_parameters_each():
+    stack = Stack([Affine(), SinhArcsinh()])
+    assert takes_batched_parameters(stack)
+    transform = randomise(amortized(stack, 2, key=jr.key(0)), jr.key(1), 0.5)
+    x, condition = jr.normal(jr.key(2), (2, 5)), jr.normal(jr.key(3), (2, 5))
+    y, log_det = transform.forward(x, condition)
+    for i in range(5):
+        one, one_log_det = transform.forward(x[:, i], condition[:, i])
+        np.testing.assert_allclose(y[:, i], one, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(log_det[i], one_log_det, rtol=1e-5, atol=1e-6)
