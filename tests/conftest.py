@@ -24,6 +24,7 @@ def _cache_of_its_own(tmp_path_factory):
 
 
 _TESTS_BETWEEN = 25
+_DONE = pytest.StashKey[int]()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,6 +42,3 @@ def _bounded_maps(request):
     request.session.stash[_DONE] = done
     if done % _TESTS_BETWEEN == 0:
         jax.clear_caches()
-
-
-_DONE = pytest.StashKey[int]()

@@ -277,7 +277,9 @@ def missed(
         # Over the mass, not over the law's draws: a poor law has draws where there is nothing.
         shares = np.exp(ratios - found[:, None])
         excess = np.where(shares > 0, shares * lacking, 0).sum(1) - log_evidence
-    return np.flatnonzero((mass - log_evidence > _LEAST_MASS) & (excess > _MISSED))
+        if not np.isfinite(log_evidence):
+            return np.flatnonzero(np.isfinite(mass))
+        return np.flatnonzero((mass - log_evidence > _LEAST_MASS) & (excess > _MISSED))
 
 
 def judge(
@@ -285,7 +287,7 @@ def judge(
     own: Assessment,
     found: Assessment,
     gap: Gap,
-    drift: Drift,
+    drift: Drift | None,
     places: Gaussians,
     lost: np.ndarray,
     notes: Sequence[str] = (),
@@ -297,7 +299,7 @@ def judge(
         own: Its own draws and their weights.
         found: The draws to be used with their weights: the same, or those of a wider proposal.
         gap: What wider draws find beyond them.
-        drift: Where chains of the target went from them.
+        drift: Where chains of the target went from them; None if none have walked.
         places: The laws found by optimisation.
         lost: The numbers of those that were missed.
         notes: Sentences about trouble on the way; each forbids trust.
@@ -316,7 +318,7 @@ def judge(
         )
         slight = gap.value <= USABLE_GAP
         findings.append(("usable after reweighting" if slight else "do not trust", said))
-    if drift.significant:
+    if drift is not None and drift.significant:
         said = (
             f"Chains that keep the target leave the weighted draws (ln p̃ − ln q rises by "
             f"{drift.gain:.2f} nats, the spread by a factor {drift.spread:.2f}): there is "

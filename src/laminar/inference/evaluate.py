@@ -5,6 +5,7 @@ anew; what is done with the values happens on the host, in double precision.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -50,23 +51,23 @@ def diagonal_curvatures(
 
 
 def approximate_log_prob(approximation: AbstractDistribution, z: np.ndarray) -> np.ndarray:
-    """The log density ``(N,)`` of a flow at points ``(N, D)``; each N is compiled once."""
-    points = jnp.asarray(z, approximation.dtype)
-    return np.asarray(_log_prob(approximation, points), np.float64)
+    """The log density ``(N,)`` of a flow at points ``(N, D)``."""
+    (values,) = _in_batches(_log_prob, _MANY, approximation, z, approximation.dtype)
+    return values
 
 
 @eqx.filter_jit
-def _log_prob(approximation: AbstractDistribution, z: Array) -> Array:
-    return approximation._log_prob(z.T)
+def _log_prob(approximation: AbstractDistribution, z: Array) -> tuple[Array]:
+    return (approximation._log_prob(z.T),)
 
 
-def _in_batches(program, size: int, log_density: LogDensity, z: np.ndarray, dtype, *more):
+def _in_batches(program, size: int, density: Any, z: np.ndarray, dtype, *more):
     """The outputs of a program over all points, as float64."""
     count = len(z)
     filled = np.concatenate([z, np.broadcast_to(z[:1], (-count % size, z.shape[1]))])
     batches = filled.reshape(-1, size, z.shape[1]).astype(dtype)
     # All are under way before the first is waited for.
-    parts = jax.device_get([program(log_density, batch, *more) for batch in batches])
+    parts = jax.device_get([program(density, batch, *more) for batch in batches])
     return [np.concatenate(x).astype(np.float64)[:count] for x in zip(*parts, strict=True)]
 
 
@@ -102,7 +103,7 @@ def _diagonals(log_density: LogDensity, z: Array, signs: Array) -> tuple[Array]:
 
     def diagonal(z):
         forward = _allows_forward(slope, z)
-        step = _difference(z)
+        step = _difference(z) * (1 + jnp.abs(z).max())
 
         def product(v):
             if forward:

@@ -4,7 +4,7 @@ Stages, each of which ends the work where it suffices:
 
 1. normal laws from climbs (see `laminar.inference.warmstart`);
 2. a flow over the best of them by reverse KL with path gradients, in rounds of growing length;
-3. where its weights still have a heavy tail, a round of forward KL by importance sampling;
+3. where its weights are still not well behaved, rounds of forward KL by importance sampling;
 4. where a law of the first stage holds mass that the flow misses, another flow there, in a mixture.
 """
 
@@ -103,7 +103,8 @@ def fit_posterior(
             ``"coupling"``, ``"iaf"``, ``"realnvp"``, ``"planar"`` or ``"radial"`` (Rezende &
             Mohamed 2015, with 16 layers) or ``"sylvester"``, always trained; or a function
             ``(dim, key) -> Flow``.
-        steps: Most steps of training for one mode.
+        steps: Most steps of reverse KL for one mode; those of forward KL, if needed, are a third as
+            many.
         samples: Draws in each step.
         starts: Climbs from dispersed starting points, every other one of them 4, 16 or 64 times as
             far out.
@@ -111,7 +112,9 @@ def fit_posterior(
         draws: Draws on which the verdict rests, kept in the posterior.
         anneal: The inverse temperature β of the first round's steps, such as
             ``laminar.linear_annealing(over=250)`` (the paper's eq. 20); rounds after it have β = 1.
-        time_limit: Seconds after which no further stage begins; one that has begun is finished.
+            The first round is a sixth of `steps`.
+        time_limit: Seconds after which no further training begins; what has begun is finished,
+            and judged.
         progress: Show progress on standard error; None shows it on a terminal only.
         **kwargs: Keyword arguments of the model or log density. One that is named like an option
             here can be given by making the target first.
@@ -130,6 +133,8 @@ def fit_posterior(
         ("draws", draws, 100),
     ):
         check_count(name, value, least)
+    if anneal is not None and not callable(anneal):
+        raise InputError(f"anneal must be a function of the step, not {type(anneal).__name__}.")
     made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
     keys = _children(key, 9)
     check_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key, walk_key = keys
@@ -148,8 +153,10 @@ def fit_posterior(
     proposal, found = fitter.defend(mix_key, approximation, own)
     gap = find_gap(wide_key, proposal, made, found)
     lost = missed(miss_key, approximation, made, places, float(found.log_evidence.value))
-    drift = find_drift(walk_key, approximation, made, found.z, found.log_p, found.weights)
-    verdict = judge(made, own, found, gap, drift, places, lost, fitter.notes)
+    verdict = judge(made, own, found, gap, None, places, lost, fitter.notes)
+    if verdict.grade != "do not trust":
+        drift = find_drift(walk_key, approximation, made, found.z, found.log_p, found.weights)
+        verdict = judge(made, own, found, gap, drift, places, lost, fitter.notes)
     return Posterior(
         target=made,
         flow=approximation,
@@ -236,7 +243,7 @@ class _Fitter:
         for part, round_key in zip(_ROUNDS, round_keys, strict=True):
             if trail and self.anneal is not None:
                 objective = reverse_kl(self.target.log_density, self.samples)
-            flow = self._train(round_key, flow, objective, round(self.steps * part), _RATE)
+            flow = self._train(round_key, flow, objective, max(1, round(self.steps * part)), _RATE)
             trail.append(self._look(look_key, flow))
             if trail[-1].suffices or trail[-1].close or self._late():
                 break
@@ -252,7 +259,7 @@ class _Fitter:
         objective = forward_kl(self.target.log_density, 4 * self.samples)
         refined = wide
         for part, round_key in zip(_REFINING, _children(last_key, len(_REFINING)), strict=True):
-            count = round(self.steps * part)
+            count = max(1, round(self.steps * part))
             again = self._train(round_key, refined.flow, objective, count, _REFINING_RATE)
             refined = self._look(look_key, again)
             if refined.suffices or self._late():

@@ -20,6 +20,7 @@ _CHAINS, _STEPS = 1_024, 32
 _BEST = 2.38
 """Steps of this over √D deviations mix fastest (Roberts, Gelman & Gilks 1997)."""
 _GAIN, _SPREAD = 0.1, 0.1
+_MOST_GAIN = 50.0
 _MOST_DENSE = 400
 
 
@@ -85,15 +86,18 @@ def find_drift(
         # Comparisons with NaN are false, so a failure of the density is never walked into.
         taken = np.log(noise.random(_CHAINS)) < new_height - height
         end[taken], height[taken] = new[taken], new_height[taken]
-    begun, ended = (_ratios(approximation, target, at) for at in (start, end))
-    change = ended - begun
-    change = change[np.isfinite(change)]
-    ratios = end.std(0) / start.std(0)
+    begun, ended = (approximate_log_prob(approximation, at) for at in (start, end))
+    with np.errstate(invalid="ignore"):
+        change = (height - ended) - (log_p[chosen] - begun)
+    # Where q has no density, or its inverse fails, there is as little of it as there can be.
+    change = np.minimum(np.where(np.isfinite(change), change, _MOST_GAIN), _MOST_GAIN)
+    wide, width = end.std(0), start.std(0)
+    ratios = np.where(width > 0, wide / np.where(width > 0, width, 1), 1)
     worst = int(np.argmax(ratios))
-    u = (end[:, worst] - end[:, worst].mean()) / end[:, worst].std()
+    u = (end[:, worst] - end[:, worst].mean()) / max(wide[worst], np.finfo(float).tiny)
     return Drift(
-        float(change.mean()) if len(change) else 0.0,
-        float(change.std() / math.sqrt(max(len(change), 1))),
+        float(change.mean()),
+        float(change.std() / math.sqrt(_CHAINS)),
         float(ratios[worst]),
         # Of the end beside the start, as if they were independent.
         float(np.sqrt(2 * max((u**4).mean() - 1, 0) / (4 * _CHAINS)) * ratios[worst]),
@@ -110,8 +114,3 @@ def _factor(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
         except np.linalg.LinAlgError:
             pass
     return np.sqrt(weights @ np.square(centred))
-
-
-def _ratios(approximation, target: Target, z: np.ndarray) -> np.ndarray:
-    log_q = approximate_log_prob(approximation, z)
-    return log_densities(target.log_density, z, target.dtype) - log_q

@@ -10,6 +10,7 @@ All climbs go on side by side on the host, where linear algebra in double precis
 compile; only the log density and its derivatives are compiled.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,15 +31,19 @@ _STEPS, _TRIES = 200, 300
 _MEMORY = 10
 _MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 """Points of a climb at which the curvature is taken, as fractions of its length."""
+_MARKS_OF_MANY = (0.2, 1.0)
 _POLISHING = 12
 _DRAWS = 64
-_MOST_DENSE = 400
+_MOST_DENSE, _MOST_MARKED = 400, 100
 _WIDEST = 1e6
 _APART = 3.0
+_HUGE, _TINY = 1e100, 1e-200
+_NEGLIGIBLE = 20.0
+"""Nats below the best law at which another holds nothing, even if its mass is underestimated."""
 
 
 class Gaussians(NamedTuple):
-    """The normal laws of all starts, from the highest bound to the lowest.
+    """Distinct normal laws, from the highest bound to the lowest.
 
     Attributes:
         means: ``(S, D)``.
@@ -82,22 +87,31 @@ def find_gaussians(key: PRNGKeyArray, log_density: LogDensity, starts: Any) -> G
         starts: ``(S, D)``, in the dtype in which the log density is evaluated.
 
     Returns:
-        At least one law: where no candidate has a finite bound, the standard normal at the start
-        of the highest density.
+        At least one law. Laws that hold a negligible part of the mass are left out. Where no
+        bound is finite, it is the unit normal about the highest point that was reached.
     """
     noise = generator(key)
     hill = _Hill(log_density, starts.dtype)
-    count, dim = starts.shape
-    points = _climb(hill, np.asarray(starts, np.float64))
-    if dim <= _MOST_DENSE:
-        points = np.concatenate([points, _polish(hill, points[:, -1])[:, None]], 1)
-    means, factors = _candidates(hill, points.reshape(-1, dim), noise)
-    elbos = _bounds(hill, means, factors, _even_noise(noise, dim)).reshape(count, -1)
-    best = np.argmax(elbos, 1)
-    rows = np.arange(count)
-    means = means.reshape(count, -1, dim)[rows, best]
-    factors = factors.reshape(count, elbos.shape[1], *factors.shape[1:])[rows, best]
-    return _distinct(Gaussians(means, factors, elbos[rows, best]))
+    starts = np.asarray(starts, np.float64)
+    dim = starts.shape[1]
+    owners, points = _points(hill, starts)
+    means, spreads = _candidates(hill, points, noise)
+    elbos, masses = _bounds(hill, means, spreads, _even_noise(noise, dim))
+    best = [
+        max(np.flatnonzero(owners == owner), key=lambda i: elbos[i].max())
+        for owner in np.unique(owners)
+    ]
+    best = [i for i in best if np.isfinite(elbos[i].max())]
+    if not best:
+        # As at an edge that was not declared, where curvature tells nothing.
+        top = points[np.argmin(hill(points)[0])][None]
+        unit = np.eye(dim)[None] if spreads.ndim == 3 else np.ones((1, dim))
+        return Gaussians(top, unit, np.full(1, -np.inf))
+    which = np.argmax(elbos[best], 1)
+    spread = _triangular(spreads[best]) if spreads.ndim == 3 else spreads[best]
+    found = Gaussians(means[best, which], spread, elbos[best, which])
+    held = np.maximum(elbos, masses)[best, which]
+    return _distinct(found, held > held.max() - _NEGLIGIBLE)
 
 
 def generator(key: PRNGKeyArray) -> np.random.Generator:
@@ -115,9 +129,9 @@ class _Hill(NamedTuple):
     def __call__(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Heights ``(N,)`` and slopes ``(N, D)``."""
         height, slope = slopes(self.log_density, z, self.dtype)
-        return np.where(np.isfinite(height), -height, np.inf), np.where(
-            np.isfinite(slope), -slope, 0
-        )
+        # Products of what is larger than this would overflow.
+        sound = (np.abs(height) < _HUGE) & (np.abs(slope) < _HUGE).all(1)
+        return np.where(sound, -height, np.inf), np.where(sound[:, None], -slope, 0)
 
     def axes(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Principal axes at points, in columns, and the standard deviations along them.
@@ -125,7 +139,7 @@ class _Hill(NamedTuple):
         A saddle is as wide as it is steep, and nothing is flat.
         """
         hessian = -curvatures(self.log_density, z, self.dtype)
-        curvature, axes = np.linalg.eigh(np.where(np.isfinite(hessian), hessian, 0))
+        curvature, axes = np.linalg.eigh(np.where(np.abs(hessian) < _HUGE, hessian, 0))
         return axes, _width(curvature)
 
 
@@ -152,34 +166,57 @@ class _Memory:
         """Remember the steps of some climbs, except where the slope did not rise along them."""
         product = (step * change).sum(1)
         square = np.square(change).sum(1)
-        useful = product > 1e-10 * np.sqrt(square * np.square(step).sum(1))
+        # Zero and tiny products, whose inverse may overflow, are left out too.
+        useful = product > 1e-10 * np.sqrt(square * np.square(step).sum(1)) + _TINY
         rows, step, change = rows[useful], step[useful], change[useful]
         product, square = product[useful], square[useful]
-        for memory, new in (
-            (self.steps, step),
-            (self.changes, change),
-            (self.inverse, 1 / product),
-        ):
+        kept = (self.steps, step), (self.changes, change), (self.inverse, 1 / product)
+        for memory, new in kept:
             memory[:-1, rows] = memory[1:, rows]
             memory[-1, rows] = new
         self.scale[rows] = product / square
 
-    def direction(self, slope: np.ndarray) -> np.ndarray:
-        """The way down from slopes ``(S, D)``; the first step has length one at most."""
-        left, weights = slope.copy(), np.zeros_like(self.inverse)
+    def direction(self, rows: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        """The way down from slopes ``(R, D)``; the first step has length one at most."""
+        steps, changes, inverse = (x[:, rows] for x in (self.steps, self.changes, self.inverse))
+        left, weights = slope.copy(), np.zeros_like(inverse)
         for i in range(_MEMORY - 1, -1, -1):
-            weights[i] = self.inverse[i] * (self.steps[i] * left).sum(1)
-            left -= weights[i][:, None] * self.changes[i]
+            weights[i] = inverse[i] * (steps[i] * left).sum(1)
+            left -= weights[i][:, None] * changes[i]
         short = 1 / np.maximum(1, np.linalg.norm(slope, axis=1))
-        left *= np.where(self.scale > 0, self.scale, short)[:, None]
+        scale = self.scale[rows]
+        left *= np.where(scale > 0, scale, short)[:, None]
         for i in range(_MEMORY):
-            back = self.inverse[i] * (self.changes[i] * left).sum(1)
-            left += (weights[i] - back)[:, None] * self.steps[i]
-        return -left
+            back = inverse[i] * (changes[i] * left).sum(1)
+            left += (weights[i] - back)[:, None] * steps[i]
+        way = -left
+        # What has overflowed, or does not lead down, begins anew with the slope.
+        down = np.isfinite(way).all(1) & ((way * slope).sum(1) < 0)
+        return np.where(down[:, None], way, -slope * short[:, None])
 
 
-def _climb(hill: _Hill, starts: np.ndarray) -> np.ndarray:
-    """Points of the climbs from all starts, ``(S, marks, D)``: L-BFGS with weak Wolfe steps.
+def _points(hill: _Hill, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points at which normal laws are made, ``(N, D)``, and the numbers of their climbs."""
+    trails = _climb(hill, starts)
+    dense, marks = starts.shape[1] <= _MOST_DENSE, _MARKS
+    if dense and starts.shape[1] > _MOST_MARKED:
+        marks = _MARKS_OF_MANY
+    marked = [_marked(trail, marks) for trail in trails]
+    ends = np.stack([trail[-1] for trail in trails])
+    if dense:
+        marked = [[*row, top] for row, top in zip(marked, _polish(hill, ends), strict=True)]
+    owners = np.repeat(np.arange(len(marked)), [len(row) for row in marked])
+    return owners, np.concatenate([np.stack(row) for row in marked])
+
+
+def _marked(trail: list[np.ndarray], marks: tuple[float, ...]) -> list[np.ndarray]:
+    """The marked points of one climb, each once, the start left out where there is another."""
+    last = len(trail) - 1
+    return [trail[i] for i in sorted({min(math.ceil(mark * last), last) for mark in marks})]
+
+
+def _climb(hill: _Hill, starts: np.ndarray) -> list[list[np.ndarray]]:
+    """The points of the climbs from all starts: L-BFGS with weak Wolfe steps.
 
     The length of a step is bracketed by halving and doubling (Lewis & Overton 2013), which asks
     nothing of the log density beyond a value.
@@ -188,40 +225,36 @@ def _climb(hill: _Hill, starts: np.ndarray) -> np.ndarray:
     z = starts.copy()
     height, slope = hill(z)
     memory, trails = _Memory(count, dim), [[row] for row in starts]
-    way = memory.direction(slope)
+    way = memory.direction(np.arange(count), slope)
     low, high, length = np.zeros(count), np.full(count, np.inf), np.ones(count)
-    tries, alive = np.zeros(count, int), np.isfinite(height)
+    tries = np.zeros(count, int)
+    on = np.flatnonzero(np.isfinite(height))
     rounding = 10 * np.finfo(hill.dtype).eps
     for _ in range(_TRIES):
-        if not alive.any():
+        if not len(on):
             break
-        new = z + np.where(alive, length, 0)[:, None] * way
+        new = z[on] + length[on, None] * way[on]
         new_height, new_slope = hill(new)
-        fall = (slope * way).sum(1)
-        lower = new_height <= height + 1e-4 * length * fall + rounding * np.abs(height)
-        short = lower & ((new_slope * way).sum(1) < 0.9 * fall) & (tries < 12)
-        tries += 1
-        high, low = np.where(lower, high, length), np.where(short, length, low)
-        length = np.where(np.isinf(high), 2 * length, 0.5 * (low + high))
-        rows = np.flatnonzero(alive & lower & ~short)
-        moved = new[rows] - z[rows]
-        memory.add(rows, moved, new_slope[rows] - slope[rows])
-        for row in rows:
-            trails[row].append(new[row])
-        far = np.abs(moved).max(1, initial=0) > 1e-4 * (1 + np.abs(z[rows]).max(1, initial=0))
-        z[rows], height[rows], slope[rows] = new[rows], new_height[rows], new_slope[rows]
-        way[rows] = memory.direction(slope)[rows]
+        fall = (slope[on] * way[on]).sum(1)
+        lower = new_height <= height[on] + 1e-4 * length[on] * fall + rounding * np.abs(height[on])
+        short = lower & ((new_slope * way[on]).sum(1) < 0.9 * fall) & (tries[on] < 12)
+        tries[on] += 1
+        high[on] = np.where(lower, high[on], length[on])
+        low[on] = np.where(short, length[on], low[on])
+        length[on] = np.where(np.isinf(high[on]), 2 * length[on], 0.5 * (low[on] + high[on]))
+        taken = lower & ~short
+        rows, new = on[taken], new[taken]
+        moved = new - z[rows]
+        memory.add(rows, moved, new_slope[taken] - slope[rows])
+        for row, point in zip(rows, new, strict=True):
+            trails[row].append(point)
+        still = np.abs(moved).max(1) <= 1e-4 * (1 + np.abs(z[rows]).max(1))
+        done = rows[still | np.array([len(trails[row]) > _STEPS for row in rows], bool)]
+        z[rows], height[rows], slope[rows] = new, new_height[taken], new_slope[taken]
+        way[rows] = memory.direction(rows, slope[rows])
         low[rows], high[rows], length[rows], tries[rows] = 0, np.inf, 1, 0
-        alive[rows] = far & np.array([len(trails[row]) <= _STEPS for row in rows], bool)
-        alive &= tries < 40
-    return np.stack([_marked(trail) for trail in trails])
-
-
-def _marked(trail: list[np.ndarray]) -> np.ndarray:
-    """The marked points of one climb, the start left out where there is another."""
-    steps = max(len(trail) - 1, 1)
-    at = [min(int(np.ceil(mark * steps)), len(trail) - 1) for mark in _MARKS]
-    return np.stack([trail[i] for i in at])
+        on = np.setdiff1d(on[tries[on] < 40], done)
+    return trails
 
 
 def _polish(hill: _Hill, points: np.ndarray) -> np.ndarray:
@@ -231,21 +264,23 @@ def _polish(hill: _Hill, points: np.ndarray) -> np.ndarray:
     """
     z = points.copy()
     height, slope = hill(z)
-    alive = np.isfinite(height)
+    on = np.flatnonzero(np.isfinite(height))
     for _ in range(_POLISHING):
-        move = _newton(*hill.axes(z), slope)
-        before, open_ = height.copy(), alive.copy()
-        for length in 0.25 ** np.arange(6):
-            new = z - length * move
-            new_height, new_slope = hill(new)
-            down = open_ & (new_height < height)
-            z[down], height[down], slope[down] = new[down], new_height[down], new_slope[down]
-            open_ &= ~down
-            if not open_.any():
-                break
-        alive &= np.subtract(before, height, out=np.zeros(len(z)), where=alive) > 1e-6
-        if not alive.any():
+        if not len(on):
             break
+        before, begun = height[on].copy(), z[on].copy()
+        move = _newton(*hill.axes(begun), slope[on])
+        left = np.arange(len(on))
+        for length in 0.25 ** np.arange(6):
+            new = begun[left] - length * move[left]
+            new_height, new_slope = hill(new)
+            down = new_height < before[left]
+            rows = on[left[down]]
+            z[rows], height[rows], slope[rows] = new[down], new_height[down], new_slope[down]
+            left = left[~down]
+            if not len(left):
+                break
+        on = on[before - height[on] > 1e-6]
     return z
 
 
@@ -255,32 +290,49 @@ def _candidates(
     """Normal laws with the curvature at points ``(N, D)``, centred there and a Newton step on.
 
     Returns:
-        Means ``(2·N, D)`` and factors, the two of one point beside each other.
+        Means ``(N, 2, D)``, and what takes standard normal noise to the spread of both: matrices
+        ``(N, D, D)``, or deviations ``(N, D)`` in many dimensions.
     """
     slope = hill(points)[1]
     if points.shape[1] <= _MOST_DENSE:
         axes, width = hill.axes(points)
         newton = points - _newton(axes, width, slope)
-        # The factor R of the covariance A diag(w²) Aᵀ = Rᵀ R is triangular.
-        upper = np.linalg.qr(width[:, :, None] * np.swapaxes(axes, 1, 2), mode="r")
-        signs = np.sign(np.diagonal(upper, axis1=1, axis2=2))
-        factors = np.swapaxes(upper, 1, 2) * signs[:, None]
+        spreads = axes * width[:, None]
     else:
         curvature = -diagonal_curvatures(hill.log_density, points, hill.dtype, noise)
-        factors = _width(np.where(np.isfinite(curvature), curvature, 0))
-        newton = points - factors**2 * slope
-    means = np.stack([points, newton], 1)
-    return means.reshape(-1, points.shape[1]), np.repeat(factors, 2, 0)
+        spreads = _width(np.where(np.abs(curvature) < _HUGE, curvature, 0))
+        newton = points - spreads**2 * slope
+    return np.stack([points, newton], 1), spreads
 
 
-def _bounds(hill: _Hill, means: np.ndarray, factors: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """The bound E[ln p − ln q] of each law, −∞ where a draw has no density or there is a NaN."""
-    laws = Gaussians(means, factors, np.zeros(len(means)))
-    log_p = log_densities(
-        hill.log_density, laws.draw(noise).reshape(-1, noise.shape[1]), hill.dtype
-    )
-    elbos = (log_p.reshape(len(means), -1) - laws.log_prob(noise)).mean(1)
-    return np.where(np.isfinite(elbos), elbos, -np.inf)
+def _triangular(spreads: np.ndarray) -> np.ndarray:
+    """The lower triangular factors, with positive diagonals, of covariances S Sᵀ."""
+    upper = np.linalg.qr(np.swapaxes(spreads, 1, 2), mode="r")
+    signs = np.where(np.diagonal(upper, axis1=1, axis2=2) < 0, -1, 1)
+    return np.swapaxes(upper, 1, 2) * signs[:, None]
+
+
+def _bounds(
+    hill: _Hill, means: np.ndarray, spreads: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is held by each law, ``(N, 2)`` and ``(N, 2)``.
+
+    Returns:
+        The bound E[ln p − ln q], −∞ where a draw has no density or there is a NaN; and the mass
+        by importance sampling, over the draws that have one.
+    """
+    if spreads.ndim == 3:
+        away = np.einsum("nij,kj->nki", spreads, noise)
+        log_scales = np.linalg.slogdet(spreads)[1]
+    else:
+        away, log_scales = spreads[:, None] * noise, np.log(spreads).sum(1)
+    count, (draws, dim) = len(means), noise.shape
+    z = (means[:, :, None] + away[:, None]).reshape(-1, dim)
+    log_p = log_densities(hill.log_density, z, hill.dtype).reshape(count, 2, draws)
+    log_p = np.where(np.isnan(log_p) | (log_p == np.inf), -np.inf, log_p)
+    norm = log_scales[:, None, None] + 0.5 * dim * np.log(2 * np.pi)
+    ratios = log_p + 0.5 * np.square(noise).sum(1) + norm
+    return ratios.mean(2), np.logaddexp.reduce(ratios, 2) - math.log(draws)
 
 
 def _even_noise(noise: np.random.Generator, dim: int) -> np.ndarray:
@@ -296,12 +348,12 @@ def _even_noise(noise: np.random.Generator, dim: int) -> np.ndarray:
     return np.concatenate([half, -half])
 
 
-def _distinct(found: Gaussians) -> Gaussians:
-    """The laws by falling bound, without those whose mean lies within a better one."""
+def _distinct(found: Gaussians, worth: np.ndarray) -> Gaussians:
+    """The laws worth keeping, by falling bound, whose means lie apart from better ones."""
     order = np.argsort(-np.where(np.isfinite(found.elbos), found.elbos, -np.inf), kind="stable")
     kept: list[int] = []
     for i in order:
-        if kept and not np.isfinite(found.elbos[i]):
+        if not worth[i] or (kept and not np.isfinite(found.elbos[i])):
             continue
         if all(_distance(found, i, j) > _APART for j in kept):
             kept.append(int(i))
