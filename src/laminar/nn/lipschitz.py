@@ -69,8 +69,9 @@ class LipschitzMLP(eqx.Module):
 
         g = W_n a(W_{n−1} … a(W_1 x + V c + b_1) …) + b_n,    a(s) = s σ(βs) / 1.1
 
-    Each W is used as W · min(1, κ / `spectral_bound`(W)) with κⁿ = L, and LipSwish a (Chen et al.
-    2019) has slopes of at most one and a bounded second derivative. The last layer starts at zero.
+    Each W is used as W · min(1, κ / b(W)), where b is `spectral_bound` and κⁿ = L, and LipSwish a
+    (Chen et al. 2019) has slopes of at most one and a bounded second derivative. The last layer
+    starts at zero.
     A condition c may enter in any strength, as the bound is in x alone.
 
     Args:
