@@ -56,6 +56,7 @@ class Case(NamedTuple):
         slack: Factor on the error budgets, for maps that amplify rounding; say why where it is
             not one.
         edges: Further values at which gradients must be finite, such as knots.
+        slow: Whether another case says nearly as much in less time.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case(NamedTuple):
     image: tuple[float, float] = (-INF, INF)
     slack: float = 1.0
     edges: tuple[float, ...] = ()
+    slow: bool = False
 
 
 def randomise(bijection, key, scale: float = 1.0):
@@ -223,7 +225,11 @@ COUPLED = [
         lambda key: _coupling(E.Affine(max_log_scale=1.0), key, cond_dim=2, film=True),
     ),
     Case("coupling_spline", lambda key: _coupling(RationalQuadratic(4), key)),
-    Case("coupling_one", lambda key: _coupling(RationalQuadratic(4), key, dim=1, cond_dim=2)),
+    Case(
+        "coupling_one",
+        lambda key: _coupling(RationalQuadratic(4), key, dim=1, cond_dim=2),
+        slow=True,
+    ),
     Case(
         "coupling_any_map",
         lambda key: _coupling(
@@ -285,14 +291,18 @@ AUTOREGRESSIVE = [
     Case("maf", _autoregressive(5, elementwise.Affine(max_log_scale=2.0))),
     Case("maf_conditional", _autoregressive(4, elementwise.Affine(max_log_scale=2.0), 3, True)),
     Case("maf_single", _autoregressive(1, elementwise.Affine(max_log_scale=2.0), 2)),
-    Case("maf_few_units", _autoregressive(6, elementwise.Affine(max_log_scale=2.0), width=3)),
+    Case(
+        "maf_few_units",
+        _autoregressive(6, elementwise.Affine(max_log_scale=2.0), width=3),
+        slow=True,
+    ),
     Case(
         "maf_graph",
         _autoregressive(5, elementwise.Affine(max_log_scale=2.0), 2, graph=TREE),
     ),
-    Case("nsf", _autoregressive(4, RationalQuadratic(6), residual=True)),
+    Case("nsf", _autoregressive(4, RationalQuadratic(6), residual=True), slow=True),
     Case("nsf_conditional", _autoregressive(3, RationalQuadratic(6, tails="linear"), 2)),
-    Case("iaf", lambda key: Invert(_autoregressive(4, RationalQuadratic(6))(key))),
+    Case("iaf", lambda key: Invert(_autoregressive(4, RationalQuadratic(6))(key)), slow=True),
     Case(
         "nsf_affine",
         _autoregressive(4, C.Chain([RationalQuadratic(6), elementwise.Affine(max_log_scale=2.0)])),
@@ -376,9 +386,9 @@ def _leapfrog(key, **options):
 
 MONOTONE = [
     Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key)),
-    Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2)),
+    Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2), slow=True),
     Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key)),
-    Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key)),
+    Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key), slow=True),
     Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2)),
     Case(
         "unconstrained_monotone",
@@ -391,7 +401,9 @@ MONOTONE = [
 ]
 
 BLOCK = [
-    Case("bnaf", lambda key: randomise(BlockAutoregressive(3, units=3, order=PERM), key)),
+    Case(
+        "bnaf", lambda key: randomise(BlockAutoregressive(3, units=3, order=PERM), key), slow=True
+    ),
     Case(
         "bnaf_conditional",
         lambda key: randomise(BlockAutoregressive(2, units=3, depth=1, cond_dim=2), key),
@@ -400,7 +412,11 @@ BLOCK = [
 
 RESIDUAL = [
     Case("residual", lambda key: _residual(3, key, cond_dim=2)),
-    Case("residual_repeat", lambda key: C.repeat(lambda k: Invert(_residual(2, k)), 2, key=key)),
+    Case(
+        "residual_repeat",
+        lambda key: C.repeat(lambda k: Invert(_residual(2, k)), 2, key=key),
+        slow=True,
+    ),
 ]
 
 

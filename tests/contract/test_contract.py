@@ -10,13 +10,18 @@ from cases import CASES
 from laminar import io
 from laminar.testing import check_bijection
 
+EVERY = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+    for case in CASES
+]
+
 
 def test_names_are_unique():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EVERY)
 def test_contract(case):
     key, other_key, check_key = jr.split(jr.key(0), 3)
     report = check_bijection(
