@@ -64,6 +64,7 @@ def test_good_flows_pass(dim):
     assert all(line.passed for line in report.lines)
 
 
+@pytest.mark.slow
 def test_a_neural_flow_with_a_condition_and_data():
     flow = shake(nsf(2, key=KEY, layers=2, width=8, depth=1, bins=4, cond_dim=1), jr.key(1), 0.2)
     condition = jr.normal(jr.key(2), (50, 1))

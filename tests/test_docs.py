@@ -14,7 +14,12 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
+_LONG = ("inference.md", "tables.md", "training.md", "vae.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARAMS = [
+    pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in _LONG))
+    for path in PAGES
+]
 # The demo takes its time, and `make demo` is there to run it.
 EXAMPLES = [
     pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name == "demo.py"))
@@ -79,7 +84,7 @@ def run_page(path: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PARAMS)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAMINAR_CACHE_DIR", str(tmp_path / "cache"))

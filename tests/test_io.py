@@ -341,7 +341,7 @@ def test_other_tools_can_read_the_arrays(path):
 def test_names_are_unique_and_complete():
     """Every public module below the reports and commands can be saved under its own name."""
     known = _registry._own_and_upper()  # raises where two share a name
-    outside = ("__main__", "cli", "objectives", "report", "tasks", "testing", "train")
+    outside = ("__main__", "cli", "matching", "objectives", "report", "tasks", "testing", "train")
     packages = [
         f"laminar.{info.name}"
         for info in pkgutil.iter_modules(laminar.__path__)

@@ -88,6 +88,7 @@ def test_hutchinson_is_unbiased(probe):
     assert averaged.forward(many, key=jr.key(2))[1].std() < 0.5 * found.std()
 
 
+@pytest.mark.slow
 def test_adjoints_give_the_same_gradients():
     x = jr.normal(jr.key(1), (2, 4))
 

@@ -306,6 +306,7 @@ AUTOREGRESSIVE = [
     Case(
         "nsf_affine",
         _autoregressive(4, C.Chain([RationalQuadratic(6), elementwise.Affine(max_log_scale=2.0)])),
+        slow=True,
     ),
 ]
 
@@ -389,7 +390,7 @@ MONOTONE = [
     Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2), slow=True),
     Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key)),
     Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key), slow=True),
-    Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2)),
+    Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2), slow=True),
     Case(
         "unconstrained_monotone",
         lambda key: randomise(UnconstrainedMonotone(4, (2,)), key),

@@ -151,6 +151,7 @@ def run(guide, steps=500):
     return svi, svi.run(KEY, steps, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_auto_flow_fits_and_preconditions():
     guide = AutoFlow(correlated, lambda dim, *, key: realnvp(dim, key=key, layers=2, width=16))
     _, result = run(guide)

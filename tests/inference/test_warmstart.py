@@ -74,6 +74,7 @@ def test_many_dimensions_need_no_matrix():
     np.testing.assert_allclose(law.means[0], 1, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_fewest_steps_reach_every_stage():
     def log_density(x):
         return -0.5 * jnp.square(x[0]) - 0.5 * jnp.square(10 * (x[1] - jnp.square(x[0])))

@@ -252,6 +252,7 @@ def test_the_dynamic_protocol_draws_anew():
     np.testing.assert_allclose(bits.mean(0), [0, 0.3, 1], atol=0.02)
 
 
+@pytest.mark.slow
 def test_flow_prior_and_flow_decoder_train():
     model = small(prior="flow", decoder="flow", mean=GREY.mean(0))
     dequantise = Dequantise(17)

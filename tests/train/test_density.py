@@ -248,6 +248,7 @@ def test_arrays_of_either_library_are_taken():
     assert flow.shape == (2,)
 
 
+@pytest.mark.slow
 def test_every_flow_keeps_a_checkpoint_and_resumes(tmp_path, monkeypatch):
     chosen = dataclasses.replace(QUICK, bases=("mixture", "normal"), layers=1, width=8, steps=40)
     x = skewed(120, 2)
