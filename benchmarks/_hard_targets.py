@@ -201,7 +201,7 @@ def hard_targets() -> dict[str, Hard]:
             beside[0],
             0.0,
             beside[1],
-            "½ N(0, I) + ½ N((8, 0), I), most starts near the first",
+            "½ N(0, I) + ½ N((8, 0), I), most starts nearer the first",
             planted=True,
         ),
         *(
@@ -211,7 +211,7 @@ def hard_targets() -> dict[str, Hard]:
                 pair[0],
                 0.0,
                 pair[1],
-                f"½ N(0, I) + ½ N(40 e_0, I) in {dim} dimensions, every start near the first",
+                f"½ N(0, I) + ½ N(40 e_0, I) in {dim} dimensions, nearly all starts nearer the first",
                 planted=True,
             )
             for dim, pair in ((2, far), (10, ten), (32, thirty_two))
