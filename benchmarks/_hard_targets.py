@@ -211,7 +211,7 @@ def hard_targets() -> dict[str, Hard]:
                 pair[0],
                 0.0,
                 pair[1],
-                f"½ N(0, I) + ½ N(40 e_0, I) in {dim} dimensions, nearly all starts nearer the first",
+                f"½ N(0, I) + ½ N(40 e_0, I) in {dim} dimensions, most starts nearer the first",
                 planted=True,
             )
             for dim, pair in ((2, far), (10, ten), (32, thirty_two))
