@@ -8,7 +8,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Keep compiled programs, for most of a run is compilation: other modules and runs use them."""
+    """Keep compiled programs on disk: most of a run is compilation, and others need the same."""
     kept = config.rootpath / ".pytest_cache" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(kept))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -29,7 +29,7 @@ _DONE = pytest.StashKey[int]()
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_caches():
-    """Compiled programs of one module are of no use to the next and only take memory."""
+    """What the next module shares it reads from disk; the rest would only take memory."""
     yield
     jax.clear_caches()
 

@@ -38,6 +38,11 @@ def bounded(raw: Array, limit: float) -> Array:
     return limit * jnp.tanh(raw / limit)
 
 
+def clip(value: Array, lo: float, hi: float) -> Array:
+    """As jnp.clip, but with derivative one, not one half, at the two ends themselves."""
+    return jnp.where(value < lo, lo, jnp.where(value > hi, hi, value))
+
+
 def expand(value: Array, ndim: int) -> Array:
     """Append axes of size one up to `ndim` axes, so that event axes meet trailing batch axes."""
     return value.reshape(value.shape + (1,) * (ndim - value.ndim))

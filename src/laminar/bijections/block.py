@@ -6,13 +6,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
 from laminar._typing import Array, Shape
 from laminar.bijections.base import AbstractBijection
 from laminar.bijections.numerical import monotone_root
+from laminar.nn.masked import as_order
 from laminar.nn.mlp import matmul
 
 _PIVOT = 2.0  # outermost of the fixed biases that tell the units of a block apart
@@ -76,7 +76,7 @@ class BlockAutoregressive(AbstractBijection):
                 raise InputError(f"BlockAutoregressive: {name} must be at least 1, not {value}.")
         if cond_dim < 0:
             raise InputError(f"BlockAutoregressive: cond_dim must be 0 or more, not {cond_dim}.")
-        self.order = _check_order(dim, order)
+        self.order = as_order("BlockAutoregressive", dim, order)
         sizes = [1, *[units] * depth, 1]
         pairs = list(zip(sizes[1:], sizes[:-1], strict=True))
         self.weights = tuple(jnp.zeros((out * dim, into * dim)) for out, into in pairs)
@@ -216,17 +216,3 @@ def _log_product(blocks: Array, log_slope: Array) -> Array:
     top = lax.stop_gradient(flat.max(1, keepdims=True))
     product = jnp.matmul(blocks, jnp.exp(flat - top), precision=lax.Precision.HIGHEST)
     return (jnp.log(product) + top).reshape((dim, out, *log_slope.shape[2:]))
-
-
-def _check_order(dim: int, order: Array | None) -> Array:
-    """The order as integers, the natural one by default."""
-    order = jnp.arange(dim, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-    if order.shape != (dim,):
-        raise ShapeError(
-            f"BlockAutoregressive: an order of shape {order.shape} for events ({dim},)."
-        )
-    if not isinstance(order, Tracer) and not np.array_equal(np.sort(order), np.arange(dim)):
-        raise InputError(
-            f"BlockAutoregressive: the order must hold each position 0…{dim - 1} once."
-        )
-    return order

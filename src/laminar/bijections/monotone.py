@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.nn import log_softmax, logsumexp
 
 from laminar._errors import InputError
-from laminar._params import bounded, positive, positive_inverse
+from laminar._params import bounded, clip, positive, positive_inverse
 from laminar._typing import Array, ArrayLike, Shape
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.numerical import invert_kernel
@@ -325,7 +325,7 @@ class Bernstein(AbstractMonotone):
     def forward_kernel(self, params, x):
         """``(y, ln dy/dx)``."""
         n, (lo, hi) = self.degree, self.interval
-        near = _clip(x, lo, hi)
+        near = clip(x, lo, hi)
         s, rest = (near - lo) / (hi - lo), (hi - near) / (hi - lo)
         slopes = positive(params[1:])
         slope = jnp.sum(slopes * _bernstein(n - 1, s, rest), 0)
@@ -404,7 +404,7 @@ class TailTransform(AbstractElementwise):
         above = y >= params[0]
         loc, scale, weight = self._read(params, above)
         largest = 0.1 * float(jnp.finfo(y.dtype).max)
-        gap = _clip(y, -largest, largest) - loc
+        gap = clip(y, -largest, largest) - loc
         size = jnp.minimum(jnp.where(above, gap, -gap) / scale, largest)
         power = jnp.log1p(jnp.minimum(weight * size, largest))
         z = _normal_tail_quantile(power / weight)
@@ -439,7 +439,7 @@ def _integral(
     `log_slope` takes points ``(n, *s)``. Beyond ±edge the slope stays what it is there.
     """
     places, weights = np.polynomial.legendre.leggauss(nodes)
-    near = _clip(x, -edge, edge)
+    near = clip(x, -edge, edge)
     # The last point is x itself, so that the network is traced once.
     places = _constant(np.append(0.5 + 0.5 * places, 1.0), near[None])
     found = log_slope(near[None] * places)
@@ -497,11 +497,6 @@ def _normal_tail_quantile(h: Array) -> Array:
 def _normal_tail_quantile_jvp(primals, tangents):
     z = _normal_tail_quantile(primals[0])
     return z, tangents[0] / _hazard(z)
-
-
-def _clip(x: Array, lo: float, hi: float) -> Array:
-    """As jnp.clip, but with derivative one, not one half, at the two ends themselves."""
-    return jnp.where(x < lo, lo, jnp.where(x > hi, hi, x))
 
 
 def _spread(count: int, edge: float) -> np.ndarray:

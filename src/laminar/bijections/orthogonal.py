@@ -15,6 +15,7 @@ from jax.scipy.linalg import expm
 
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection
+from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.linear import (
     Householder,
@@ -59,19 +60,11 @@ class AbstractFactored(AbstractBijection):
 
     def forward(self, x, condition=None, *, key=None):
         """The factors in order, with the summed log-det."""
-        total = jnp.zeros((), x.dtype)
-        for factor in self.factors:
-            x, log_det = factor.forward(x)
-            total = total + log_det
-        return x, total
+        return Chain(self.factors).forward(x)
 
     def inverse(self, y, condition=None, *, key=None):
         """The inverses of the factors, last one first, with the summed log-det."""
-        total = jnp.zeros((), y.dtype)
-        for factor in self.factors[::-1]:
-            y, log_det = factor.inverse(y)
-            total = total + log_det
-        return y, total
+        return Chain(self.factors).inverse(y)
 
 
 class SVD(AbstractFactored):

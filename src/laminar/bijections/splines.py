@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from laminar._errors import InputError
-from laminar._params import SOFTPLUS_ONE
+from laminar._params import SOFTPLUS_ONE, clip
 from laminar._typing import Array, Shape
 from laminar.bijections.elementwise import AbstractElementwise
 
@@ -104,9 +104,9 @@ class RationalQuadratic(AbstractElementwise):
 
     def forward_kernel(self, params, x):
         """The spline and its log-derivative at each x."""
-        inside = _clip(x, *self.interval)
+        inside = clip(x, *self.interval)
         x_left, width, y_left, height, left, right = self._bin(params, inside, False)
-        theta = _clip((inside - x_left) / width, 0.0, 1.0)
+        theta = clip((inside - x_left) / width, 0.0, 1.0)
         share, log_slope = rational_share(theta, 1 - theta, height / width, left, right)
         image = y_left + height * share
         if self.tails == "circular":
@@ -115,10 +115,10 @@ class RationalQuadratic(AbstractElementwise):
 
     def inverse_kernel(self, params, y):
         """The root of the quadratic that each y makes with its bin, and its log-derivative."""
-        inside = _clip(y, *self.interval)
+        inside = clip(y, *self.interval)
         place = self._turn(inside, -params[-1]) if self.tails == "circular" else inside
         x_left, width, y_left, height, left, right = self._bin(params, place, True)
-        eta = _clip((place - y_left) / height, 0.0, 1.0)
+        eta = clip((place - y_left) / height, 0.0, 1.0)
         theta, log_slope = rational_place(eta, 1 - eta, height / width, left, right)
         return self._finish(y, inside, x_left + theta * width, -log_slope, left, right, -1.0)
 
@@ -129,7 +129,7 @@ class RationalQuadratic(AbstractElementwise):
         moved = point + (angle - length * jnp.round(angle / length))
         moved = jnp.where(moved < lo, moved + length, jnp.where(moved >= hi, moved - length, moved))
         # What rounding has put beyond an end is that end.
-        return _clip(moved, lo, hi)
+        return clip(moved, lo, hi)
 
     def _finish(self, point, inside, image, log_det, left, right, sign):
         """Put the tails on; `sign` is −1 for the inverse, whose outer slopes are reciprocal."""
@@ -203,11 +203,6 @@ def rational_place(eta: Array, rest: Array, secant: Array, left: Array, right: A
 def _log_slope(theta, rest, secant, left, right, bottom):
     top = right * theta * theta + 2 * secant * theta * rest + left * rest * rest
     return 2 * jnp.log(secant) + jnp.log(top) - 2 * jnp.log(bottom)
-
-
-def _clip(value: Array, lo: float, hi: float) -> Array:
-    """As jnp.clip, but with derivative one, not one half, at the two ends themselves."""
-    return jnp.where(value < lo, lo, jnp.where(value > hi, hi, value))
 
 
 @jax.custom_jvp

@@ -117,15 +117,7 @@ class MaskedMLP(eqx.Module):
             if order is not None:
                 raise InputError("MaskedMLP takes either an order or a graph, and got both.")
             order = jnp.argsort(jnp.argsort(jnp.asarray(levels(self.graph)), stable=True))
-        self.order = (
-            jnp.arange(dim, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-        )
-        if self.order.shape != (dim,):
-            raise ShapeError(f"MaskedMLP: an order of shape {self.order.shape} for {dim} inputs.")
-        if not isinstance(self.order, Tracer) and not np.array_equal(
-            np.sort(np.asarray(self.order)), np.arange(dim)
-        ):
-            raise InputError(f"MaskedMLP: the order must hold each position 0…{dim - 1} once.")
+        self.order = as_order("MaskedMLP", dim, order)
         first_key, cond_key, hidden_key = jr.split(key, 3)
         first_mask, hidden_mask, _ = self._masks()
         fan_in = first_mask.sum(1) + cond_dim
@@ -342,6 +334,23 @@ class MaskedMLP(eqx.Module):
         if alone:
             return y, log_det
         return jnp.take(y, self.order, axis=0, unique_indices=True, mode="clip"), log_det
+
+
+def as_order(owner: str, dim: int, order: Array | None) -> Array:
+    """The positions of D inputs as integers, by default the natural ones.
+
+    Raises:
+        InputError: If the order is not a permutation.
+        ShapeError: If it has another length.
+    """
+    order = jnp.arange(dim, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
+    if order.shape != (dim,):
+        raise ShapeError(f"{owner}: an order of shape {order.shape} for {dim} inputs.")
+    if not isinstance(order, Tracer) and not np.array_equal(
+        np.sort(np.asarray(order)), np.arange(dim)
+    ):
+        raise InputError(f"{owner}: the order must hold each position 0…{dim - 1} once.")
+    return order
 
 
 def _draw(key: PRNGKeyArray, mask: Array | np.ndarray, fan_in: Array) -> Array:
