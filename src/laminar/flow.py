@@ -18,6 +18,7 @@ from laminar._typing import (
     Shape,
 )
 from laminar.bijections.base import AbstractTransform, call
+from laminar.bijections.compose import weakest
 from laminar.bijections.path import first_steps, step_names, walk
 from laminar.density import (
     AbstractDistribution,
@@ -139,9 +140,7 @@ class Flow(AbstractDistribution):
     @property
     def exactness(self) -> str:
         """The weaker exactness of base and bijection."""
-        kinds = {self._base.exactness, self._map.exactness}
-        order = ("biased", "bound", "unbiased")
-        return next((kind for kind in order if kind in kinds), "exact")
+        return weakest((self._base, self._map))
 
     def _row_cost(self, direction: Direction) -> int:
         return max(self._base._row_cost(direction), self._map.row_cost(direction))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from laminar.bijections.base import (
 )
 
 
-def weakest(parts: Sequence[AbstractTransform]) -> Exactness:
-    """The exactness of a composition: a bias spoils all, then a bound, then an estimate."""
+def weakest(parts: Iterable[Any]) -> Exactness:
+    """The exactness of several parts: a bias spoils all, then a bound, then an estimate."""
     kinds = {part.exactness for part in parts}
     order: tuple[Exactness, ...] = ("biased", "bound", "unbiased", "exact")
     return next(kind for kind in order if kind in kinds)

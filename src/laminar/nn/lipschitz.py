@@ -71,8 +71,7 @@ class LipschitzMLP(eqx.Module):
 
     Each W is used as W · min(1, κ / b(W)), where b is `spectral_bound` and κⁿ = L, and LipSwish a
     (Chen et al. 2019) has slopes of at most one and a bounded second derivative. The last layer
-    starts at zero.
-    A condition c may enter in any strength, as the bound is in x alone.
+    starts at zero. A condition c may enter in any strength, as the bound is in x alone.
 
     Args:
         dim: D.
