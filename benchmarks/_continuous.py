@@ -18,6 +18,7 @@ ADBENCH = {
     "pendigits": "28_pendigits",
     "magic.gamma": "22_magic.gamma",
     "shuttle": "32_shuttle",
+    "ALOI": "1_ALOI",
 }
 UCI = ("yacht", "pol", "protein")
 TABLES = ("yacht", *list(ADBENCH)[:6], "pol", "protein", "shuttle")
