@@ -20,12 +20,22 @@ from laminar.bijections import compose, elementwise
 from laminar.bijections import linear as L
 from laminar.bijections import orthogonal as O
 from laminar.bijections.amortized import amortized
+from laminar.bijections.attention import transformer_autoregressive
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.block import BlockAutoregressive
 from laminar.bijections.continuous import Continuous, VelocityField
 from laminar.bijections.coupling import coupling
 from laminar.bijections.dynamics import Leapfrog
+from laminar.bijections.image import (
+    Haar,
+    PeriodicConv,
+    Positionwise,
+    Squeeze,
+    conv1x1,
+    multiscale,
+)
+from laminar.bijections.masks import checkerboard_mask, conv_coupling
 from laminar.bijections.monotone import (
     Bernstein,
     DeepSigmoidal,
@@ -440,6 +450,64 @@ def _continuous(key, **options):
     return randomise(Continuous(field, (2,), (2,), times=1, **options), key, 0.4)
 
 
+IMAGE = [
+    Case("squeeze", lambda key: Squeeze((1, 4, 2))),
+    Case("haar", lambda key: Haar((1, 2, 4))),
+    Case("conv1x1", lambda key: randomise(conv1x1((2, 2, 2), key=key), key, 0.5)),
+    Case("periodic_conv", lambda key: randomise(PeriodicConv((2, 4, 3)), key, 0.15)),
+    Case("coupling_channels", lambda key: _conv_coupling(key, (2, 3), cond_shape=(2,))),
+    Case(
+        "coupling_checkerboard",
+        lambda key: C.repeat(_checkered, 2, over=(jnp.arange(2) == 1, jr.split(key))),
+    ),
+    Case("positionwise", lambda key: Positionwise(_coupling(E.Shift(), key, 2, cond_dim=2), (2,))),
+    Case(
+        "multiscale",
+        lambda key: randomise(
+            multiscale(
+                [C.Chain([E.Affine(shape=(4, 1)), Invert(Squeeze((2, 2)))]), E.Affine(shape=(4, 2))]
+            ),
+            key,
+        ),
+    ),
+]
+
+
+def _conv_coupling(key, shape, **options):
+    """A layer whose small convolutional network gives parameters of order one."""
+    layer = conv_coupling(
+        shape, E.Affine(max_log_scale=1.0), key=key, width=4, depth=1, activation="tanh", **options
+    )
+    return randomise(layer, key, 0.4)
+
+
+def _checkered(at):
+    """Layers of both halves of a checkerboard."""
+    flip, key = at
+    return _conv_coupling(key, (1, 2, 2), mask=checkerboard_mask((1, 2, 2), flip))
+
+
+ATTENTION = [
+    Case("transformer", lambda key: C.repeat(_transformer, 2, key=key)),
+]
+
+
+def _transformer(key):
+    """Tokens in an order of their own."""
+    order_key, draw_key = jr.split(key)
+    layer = transformer_autoregressive(
+        (2, 3),
+        E.Affine(max_log_scale=1.0),
+        key=key,
+        width=4,
+        depth=2,
+        heads=2,
+        cond_dim=2,
+        order=jr.permutation(order_key, 3),
+    )
+    return randomise(layer, draw_key, 0.4)
+
+
 # Other tiers append their lists here.
 CASES: list[Case] = [
     *ELEMENTWISE,
@@ -457,4 +525,6 @@ CASES: list[Case] = [
     *RESIDUAL,
     *MONOTONE,
     *BLOCK,
+    *IMAGE,
+    *ATTENTION,
 ]

@@ -1,4 +1,4 @@
-"""Coupling layers: one part of a vector passes, and sets the scalar map of every other entry."""
+"""Coupling layers: one part of an event passes, and sets the scalar map of every other entry."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection, AbstractTransform, call
+from laminar.bijections.base import AbstractBijection, AbstractTransform, call, check_flat
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.templates import as_elementwise
+from laminar.nn.conv import ConvNet
 from laminar.nn.mlp import MLP, Activation, apply_network
 
 _USUAL_WIDTH = 128
@@ -31,18 +32,21 @@ class Coupling(AbstractBijection):
     zero leaves the template, by default the identity.
 
     The parts are always the first and the last entries: put a `Permute` or a linear map between
-    layers, which in a `Repeat` may differ from layer to layer.
+    layers, which in a `Repeat` may differ from layer to layer. Of an image (C, H, W), or any event
+    with more axes, they are the first and the last channels; for convolutional networks and for
+    masks see `laminar.bijections.masks`.
 
     Args:
         template: A bijection of shape ``()``: an elementwise map, or any scalar bijection, whose
             trained leaves are then the parameters (`as_elementwise`).
         net: A network ``net(y_a)``, or ``net(y_a, c)`` with a condition, that gives (P, D_b), or as
-            many numbers in one vector. With an attribute ``batch_last = True`` it must take
-            trailing batch axes; otherwise it is taken as a function of single events and mapped.
-        dim: Length D of the vector.
+            many numbers in one vector; (P, D_b, H, W) for images. With an attribute
+            ``batch_last = True`` it must take trailing batch axes; otherwise it is taken as a
+            function of single events and mapped.
+        dim: Length D of the vector, or the shape (D, …) of the event.
         n_identity: Length of the part that passes, by default ⌊D/2⌋. It may be 0 with a condition.
-        cond_dim: Length of the condition, or 0 for none.
-        marginal: A bijection of shape ``(n_identity,)`` for the part that passes, so that a single
+        cond_dim: Length of the condition, or its shape, or 0 for none.
+        marginal: A bijection of shape ``(n_identity, …)`` for the part that passes, so that one
             layer moves every entry: y_a = marginal(x_a).
 
     Raises:
@@ -62,22 +66,27 @@ class Coupling(AbstractBijection):
         self,
         template: AbstractTransform,
         net: Callable,
-        dim: int,
+        dim: int | Shape,
         *,
         n_identity: int | None = None,
-        cond_dim: int = 0,
+        cond_dim: int | Shape = 0,
         marginal: AbstractTransform | None = None,
     ):
-        n = _check_split(dim, n_identity, cond_dim)
-        self.template = _check_template(template)
+        shape = (dim,) if isinstance(dim, int) else tuple(dim)
+        if not isinstance(cond_dim, int):
+            self.cond_shape = tuple(cond_dim)
+        else:
+            self.cond_shape = (cond_dim,) if cond_dim else None
+        n = _check_split(shape, n_identity, cond_dim)
+        self.template = check_template(template)
         self.net = net
         self.marginal = marginal
         self.n_identity = n
-        self.in_shape = (dim,)
-        self.cond_shape = (cond_dim,) if cond_dim else None
+        self.in_shape = shape
+        passed = (n, *shape[1:])
         if marginal is not None:
-            _check_marginal(marginal, n, self.cond_shape)
-        _check_network(net, n, cond_dim, self._head_shape, self.template)
+            _check_marginal(marginal, passed, self.cond_shape)
+        check_network(net, passed, self.cond_shape, self._head_shape, self.template)
 
     @property
     def out_shape(self) -> Shape:
@@ -86,12 +95,18 @@ class Coupling(AbstractBijection):
 
     @property
     def _head_shape(self) -> Shape:
-        return (self.template.params.shape[0], self.in_shape[0] - self.n_identity)
+        return (
+            self.template.params.shape[0],
+            self.in_shape[0] - self.n_identity,
+            *self.in_shape[1:],
+        )
 
     def row_cost(self, direction):
         """The parameters of all entries, beside two layers of the network."""
-        width = self.net.first.weight.shape[0] if isinstance(self.net, MLP) else _USUAL_WIDTH
-        return max(super().row_cost(direction), math.prod(self._head_shape) + 2 * width)
+        net = self.net
+        width = net.first.weight.shape[0] if isinstance(net, MLP | ConvNet) else _USUAL_WIDTH
+        hidden = 2 * width * math.prod(self.in_shape[1:])
+        return max(super().row_cost(direction), math.prod(self._head_shape) + hidden)
 
     def _theta(self, passed: Array, condition: Array | None) -> Array:
         """The parameters, ``(P, D_b, *batch)``."""
@@ -101,9 +116,15 @@ class Coupling(AbstractBijection):
             raise ShapeError(f"Coupling needs a condition of shape {self.cond_shape}; got none.")
         if isinstance(self.net, MLP) and self.net.out_shape == self._head_shape:
             return self.net(passed, condition, self.template.params)
-        head = apply_network(self.net, passed, condition)
-        head = head.reshape(self._head_shape + passed.shape[1:])
+        ndim = len(self.in_shape)
+        cond_ndim = len(self.cond_shape or ())
+        head = apply_network(self.net, passed, condition, ndim=ndim, cond_ndim=cond_ndim)
+        head = head.reshape(self._head_shape + passed.shape[ndim:])
         return expand(self.template.params, head.ndim) + head
+
+    def _total(self, log_det: Array, marginal: Array | None) -> Array:
+        total = log_det.sum(tuple(range(len(self.in_shape))))
+        return total if marginal is None else total + marginal
 
     def forward(self, x, condition=None, *, key=None):
         """``([marginal(x_a), τ(x_b; θ)], Σ ln τ′)``."""
@@ -112,7 +133,7 @@ class Coupling(AbstractBijection):
         if self.marginal is not None:
             passed, marginal = call(self.marginal, "forward", passed, condition)
         moved, log_det = self.template.forward_kernel(self._theta(passed, condition), moved)
-        return jnp.concatenate([passed, moved]), _total(log_det, marginal)
+        return jnp.concatenate([passed, moved]), self._total(log_det, marginal)
 
     def inverse(self, y, condition=None, *, key=None):
         """``([marginal⁻¹(y_a), τ⁻¹(y_b; θ)], −Σ ln τ′)``."""
@@ -121,7 +142,7 @@ class Coupling(AbstractBijection):
         marginal = None
         if self.marginal is not None:
             passed, marginal = call(self.marginal, "inverse", passed, condition)
-        return jnp.concatenate([passed, moved]), _total(log_det, marginal)
+        return jnp.concatenate([passed, moved]), self._total(log_det, marginal)
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the first entries on to `marginal`."""
@@ -166,8 +187,8 @@ def coupling(
     Raises:
         ShapeError: If the parts do not fit.
     """
-    n = _check_split(dim, n_identity, cond_dim)
-    scalar = _check_template(template)
+    n = _check_split((dim,), n_identity, cond_dim)
+    scalar = check_template(template)
     net = MLP(
         n,
         (scalar.params.shape[0], dim - n),
@@ -181,27 +202,24 @@ def coupling(
     return Coupling(scalar, net, dim, n_identity=n, cond_dim=cond_dim, marginal=marginal)
 
 
-def _total(log_det: Array, marginal: Array | None) -> Array:
-    total = log_det.sum(0)
-    return total if marginal is None else total + marginal
-
-
-def _check_split(dim: int, n_identity: int | None, cond_dim: int) -> int:
+def _check_split(shape: Shape, n_identity: int | None, cond_dim: int | Shape) -> int:
+    dim = shape[0]
     n = dim // 2 if n_identity is None else n_identity
-    if dim < 1 or cond_dim < 0 or not 0 <= n < dim:
+    if dim < 1 or (isinstance(cond_dim, int) and cond_dim < 0) or not 0 <= n < dim:
         raise ShapeError(
             f"Coupling: {n} of {dim} entries pass; at least one must be left to transform, and "
             f"cond_dim must be 0 or more (it is {cond_dim})."
         )
-    if n == 0 and cond_dim == 0:
+    if n == 0 and not cond_dim:
         raise ShapeError(
-            f"Coupling: no entry of the event ({dim},) passes and there is no condition, so there "
+            f"Coupling: no entry of the event {shape} passes and there is no condition, so there "
             "is nothing to couple with; use the scalar map itself, or give cond_dim."
         )
     return n
 
 
-def _check_template(template: AbstractTransform) -> AbstractElementwise:
+def check_template(template: AbstractTransform) -> AbstractElementwise:
+    """The template of a coupling layer as an elementwise map; errors say why it cannot be one."""
     if template.in_shape != () or template.out_shape != ():
         raise ShapeError(
             f"Coupling: the template must be a scalar map of shape (), and {template.name} maps "
@@ -216,11 +234,12 @@ def _check_template(template: AbstractTransform) -> AbstractElementwise:
     return scalar
 
 
-def _check_marginal(marginal: AbstractTransform, n: int, cond_shape: Shape | None) -> None:
-    if marginal.in_shape != (n,) or marginal.out_shape != (n,):
+def _check_marginal(marginal: AbstractTransform, passed: Shape, cond_shape: Shape | None) -> None:
+    check_flat("Coupling", marginal, exact=False)
+    if marginal.in_shape != passed or marginal.out_shape != passed:
         raise ShapeError(
-            f"Coupling: the part that passes has shape ({n},), and marginal ({marginal.name}) maps "
-            f"{marginal.in_shape} to {marginal.out_shape}."
+            f"Coupling: the part that passes has shape {passed}, and marginal ({marginal.name}) "
+            f"maps {marginal.in_shape} to {marginal.out_shape}."
         )
     if marginal.exactness != "exact" or marginal.cond_shape not in (None, cond_shape):
         raise ShapeError(
@@ -229,22 +248,30 @@ def _check_marginal(marginal: AbstractTransform, n: int, cond_shape: Shape | Non
         )
 
 
-def _check_network(
-    net: Callable, n: int, cond_dim: int, wanted: Shape, template: AbstractElementwise
+def check_network(
+    net: Callable,
+    passed: Shape,
+    cond_shape: Shape | None,
+    wanted: Shape,
+    template: AbstractElementwise,
 ) -> None:
     """Evaluate the shape of the network's output on one event, without running it."""
     dtype = template.params.dtype
-    x = jax.ShapeDtypeStruct((n,), dtype)
-    condition = jax.ShapeDtypeStruct((cond_dim,), dtype) if cond_dim else None
-    takes = f"an input of shape ({n},)" + (
-        f" and a condition of shape ({cond_dim},)" if cond_dim else ""
+    x = jax.ShapeDtypeStruct(passed, dtype)
+    condition = jax.ShapeDtypeStruct(cond_shape, dtype) if cond_shape else None
+    takes = f"an input of shape {passed}" + (
+        f" and a condition of shape {cond_shape}" if cond_shape else ""
     )
+
+    def run(x, c):
+        return apply_network(net, x, c, ndim=len(passed), cond_ndim=len(cond_shape or ()))
+
     try:
-        out = jax.eval_shape(lambda x, c: apply_network(net, x, c), x, condition)
+        out = jax.eval_shape(run, x, condition)
     except (TypeError, ValueError) as error:
         raise ShapeError(f"Coupling: the network cannot take {takes}: {error}") from error
     got = getattr(out, "shape", None)
-    if got not in (wanted, (wanted[0] * wanted[1],)):
+    if got not in (wanted, (math.prod(wanted),)):
         raise ShapeError(
             f"Coupling: the network must give {wanted} (parameters of {template.name}, transformed "
             f"entries) for {takes}, and gives {got}."

@@ -335,16 +335,17 @@ def apply_network(net: Callable, x: Array, condition: Array | None = None) -> Ar
         net: The network.
         x: ``(in_dim, *batch)``.
         condition: ``(cond_dim, *batch)``, or ``(cond_dim,)`` to share one, or None.
+        ndim: Number of axes of one event.
+        cond_ndim: Number of axes of one condition.
 
     Returns:
         What the network gives for one event, followed by the batch axes.
     """
-    if x.ndim == 1 or getattr(net, "batch_last", False):
+    if x.ndim == ndim or getattr(net, "batch_last", False):
         return net(x) if condition is None else net(x, condition)
-    cond_axis = None if condition is None or condition.ndim == 1 else -1
-    return jax.vmap(functools.partial(apply_network, net), in_axes=(-1, cond_axis), out_axes=-1)(
-        x, condition
-    )
+    cond_axis = None if condition is None or condition.ndim == cond_ndim else -1
+    one = functools.partial(apply_network, net, ndim=ndim, cond_ndim=cond_ndim)
+    return jax.vmap(one, in_axes=(-1, cond_axis), out_axes=-1)(x, condition)
 
 
 def time_features(t: Array, count: int, highest: float = 32.0) -> Array:
