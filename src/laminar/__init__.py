@@ -78,6 +78,10 @@ if TYPE_CHECKING:
     from laminar.bijections.residual import Residual as Residual
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
+    from laminar.bijections.surjections import AbsoluteValue as AbsoluteValue
+    from laminar.bijections.surjections import Ordered as Ordered
+    from laminar.bijections.surjections import Slice as Slice
+    from laminar.bijections.surjections import Sort as Sort
     from laminar.bijections.templates import as_elementwise as as_elementwise
     from laminar.conditional import ConditionalMixture as ConditionalMixture
     from laminar.density import AbstractDistribution as AbstractDistribution
@@ -100,6 +104,9 @@ if TYPE_CHECKING:
     from laminar.mixtures import GaussianMixture as GaussianMixture
     from laminar.mixtures import IsotropicMixture as IsotropicMixture
     from laminar.mixtures import Mixture as Mixture
+    from laminar.nn.encoders import ImageEncoder as ImageEncoder
+    from laminar.nn.encoders import SequenceEncoder as SequenceEncoder
+    from laminar.nn.encoders import SetEncoder as SetEncoder
     from laminar.nn.lipschitz import LipschitzMLP as LipschitzMLP
     from laminar.nn.masked import MaskedMLP as MaskedMLP
     from laminar.nn.mlp import MLP as MLP
@@ -186,6 +193,7 @@ _NAMES = {
     "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
     "laminar.bijections.residual": ("Residual",),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
+    "laminar.bijections.surjections": ("AbsoluteValue", "Ordered", "Slice", "Sort"),
     "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
     "laminar.density": ("AbstractDistribution", "Estimate"),
@@ -202,6 +210,7 @@ _NAMES = {
     "laminar.io": ("load", "read_header", "save"),
     "laminar.matching": ("flow_matching", "rnode"),
     "laminar.mixtures": ("GaussianMixture", "IsotropicMixture", "Mixture"),
+    "laminar.nn.encoders": ("ImageEncoder", "SequenceEncoder", "SetEncoder"),
     "laminar.nn.lipschitz": ("LipschitzMLP",),
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),

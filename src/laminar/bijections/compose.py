@@ -121,7 +121,7 @@ class Chain(AbstractTransform):
         for i in reversed(order) if side == "out" else order:
             done[i] = done[i].init_from_data(data, condition, side)
             direction = "inverse" if side == "out" else "forward"
-            data = done[i].points(direction, data, condition)
+            data = done[i].points(direction, data, condition, key=jr.key(i))
         return Chain(done)
 
     def row_cost(self, direction):
@@ -235,7 +235,7 @@ class Repeat(AbstractTransform):
 
         def body(data, part):
             layer = eqx.combine(part, static).init_from_data(data, condition, side)
-            data = layer.points(direction, data, condition)
+            data = layer.points(direction, data, condition, key=jr.key(0))
             return data, eqx.filter(layer, eqx.is_array)
 
         _, done = lax.scan(body, data, dynamic, reverse=side == "out")
