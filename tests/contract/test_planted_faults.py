@@ -11,6 +11,9 @@ from jax.core import Tracer
 from laminar._errors import InputError
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import Affine
+from laminar.diagnose import check
+from laminar.distributions import Normal
+from laminar.flow import Flow
 from laminar.testing import ContractError, check_bijection
 
 
@@ -109,17 +112,63 @@ class NoEdge(AbstractBijection):
 
 
 class Estimate(AbstractTransform):
-    """Does not claim to be exact."""
+    """y = scale · x on vectors of two; each draw of its log-det is off, and so may be the mean."""
 
-    in_shape: tuple = eqx.field(static=True, default=())
-    out_shape: tuple = eqx.field(static=True, default=())
-    cond_shape: None = eqx.field(static=True, default=None)
-    exactness: str = eqx.field(static=True, default="bound")
+    scale: jnp.ndarray
+    fault: str = eqx.field(static=True)
+    exactness: str = eqx.field(static=True)
+    in_shape: tuple = eqx.field(static=True)
+    out_shape: tuple = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+
+    def __init__(self, exactness, fault="none"):
+        self.scale, self.exactness, self.fault = jnp.array([0.5, 3.0]), exactness, fault
+        self.in_shape, self.out_shape, self.cond_shape = (2,), (2,), None
+
+    def _log_det(self, x, key, sign):
+        noise = sign * jr.normal(key, (), x.dtype)
+        log_det = sign * jnp.log(self.scale).sum() + 0.3 * noise
+        if self.exactness == "bound":  # ln of a weight whose mean is one
+            log_det = log_det - 0.5 * 0.3**2
+        match self.fault:
+            case "biased":
+                log_det = log_det + 0.1 * sign
+            case "too high":
+                log_det = log_det + 0.25
+            case "too high there":
+                log_det = log_det + 0.4 * jnp.where(x[0] > 0, 1.0, -2.0).astype(x.dtype)
+            case "finite gradients":
+                log_det = log_det + 0.0 * jnp.sqrt(x @ x)
+            case "NaN stays NaN":
+                log_det = jnp.nan_to_num(log_det)
+        return log_det
+
+    def _image(self, y, key):
+        match self.fault:
+            case "the image keeps to the point":
+                return y + 0.01 * jr.normal(key, y.shape, y.dtype)
+            case "NaN stays NaN":
+                return jnp.nan_to_num(y)
+        return y
 
     def forward(self, x, condition=None, *, key=None):
-        return x, jnp.zeros_like(x)
+        if key is None:
+            raise InputError("It needs a key.")
+        return self._image(self.scale * x, key), self._log_det(x, key, 1)
 
-    inverse = forward
+    def inverse(self, y, condition=None, *, key=None):
+        if key is None:
+            raise InputError("It needs a key.")
+        extra = 0.01 if self.fault == "round trip" else 0.0
+        return self._image(y / self.scale, key) + extra, self._log_det(y, key, -1)
+
+
+class UsesKey(Faulty):
+    """Claims to be exact, and changes with a key if it is given one."""
+
+    def forward(self, x, condition=None, *, key=None):
+        y, log_det = super().forward(x, condition)
+        return y, log_det if key is None else log_det + 0.1
 
 
 FAULTS = [
@@ -169,9 +218,56 @@ def test_forgotten_support_is_caught():
         check_bijection(NoEdge(), key=jr.key(0), image=(0, 1), float64=False)
 
 
-def test_estimates_are_refused():
-    with pytest.raises(InputError, match="bound"):
-        check_bijection(Estimate(), key=jr.key(0))
+@pytest.mark.parametrize("exactness", ["unbiased", "biased", "bound"])
+def test_honest_estimates_pass(exactness):
+    report = check_bijection(Estimate(exactness), key=jr.key(0), float64=False)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize(
+    ("exactness", "fault", "name"),
+    [
+        ("unbiased", "biased", "log-det is unbiased"),
+        ("unbiased", "finite gradients", "finite gradients"),
+        ("biased", "round trip", "round trip"),
+        ("biased", "NaN stays NaN", "NaN stays NaN"),
+        ("biased", "the image keeps to the point", "the image keeps to the point"),
+        ("bound", "too high", "the bound holds"),
+        ("bound", "too high there", "the bound holds"),
+        ("exact", "none", "needs no key"),
+    ],
+)
+def test_fault_of_an_estimate_is_caught(exactness, fault, name):
+    with pytest.raises(ContractError, match=name):
+        check_bijection(Estimate(exactness, fault), key=jr.key(0), float64=False)
+
+
+def test_declared_bias_is_told():
+    report = check_bijection(Estimate("biased", "biased"), key=jr.key(0), float64=False)
+    told = [check for check in report.checks if check.name == "forward: bias of the log-det"]
+    assert told[0].error == pytest.approx(0.1, abs=0.05)
+
+
+def test_an_exact_map_that_uses_a_key_is_caught():
+    with pytest.raises(ContractError, match="batch-last"):
+        check_bijection(UsesKey("none"), key=jr.key(0), float64=False)
+
+
+@pytest.mark.parametrize(
+    ("exactness", "fault", "name"),
+    [
+        ("unbiased", "none", None),
+        ("unbiased", "biased", "log-det estimates are unbiased"),
+        ("bound", "none", None),
+        ("bound", "too high", "log_prob is a lower bound"),
+        ("bound", "too high there", "log_prob is a lower bound"),
+        ("exact", "none", "an exact density needs no key"),
+    ],
+)
+def test_check_of_a_flow_catches_it_too(exactness, fault, name):
+    report = check(Flow(Normal(2), Estimate(exactness, fault)), key=jr.key(0), n=64)
+    assert report.passed == (name is None), str(report)
+    assert name is None or report[name].passed is False
 
 
 def test_report_lists_failures_without_raising():

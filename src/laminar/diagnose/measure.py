@@ -116,7 +116,8 @@ class Measure:
 
     def candidates(self) -> Iterator[tuple[str, Callable[[], Proposal]]]:
         """Proposals in latent space, through the flow, and in data space; the cheap ones first."""
-        if isinstance(self.flow, Flow):
+        drawn = isinstance(self.flow, Flow) and probes.draws(self.flow._map, self.flow.dtype)
+        if isinstance(self.flow, Flow) and not drawn:
             base = self.flow._base
             z = np.asarray(self.flow.to_latent(self.reshaped(), self.condition), np.float64)
             z = z.reshape(len(z), -1)

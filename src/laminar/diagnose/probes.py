@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from laminar._errors import InputError
 from laminar._params import partition
 from laminar._typing import Array, Condition, Shape
-from laminar.bijections.base import call
+from laminar.bijections.base import AbstractTransform, Invert, call
+from laminar.bijections.compose import Chain
 from laminar.density import AbstractDistribution
 
 
@@ -92,18 +94,45 @@ def _apply(transform, direction, points, condition, key):
 
 
 @eqx.filter_jit
-def _jacobian(step, x, condition, jacobian):
+def _jacobian(step, x, condition, jacobian, key):
     """Jacobians (m, D, D), images (*shape, m) and log-dets (m,) of a step at batch-last points."""
 
     def one(x, condition):
         def f(flat):
-            y, log_det = call(step, "forward", flat.reshape(step.in_shape), condition)
+            y, log_det = call(step, "forward", flat.reshape(step.in_shape), condition, key=key)
             return y.reshape(-1), (y, log_det)
 
         return jacobian(f, has_aux=True)(x.reshape(-1))
 
     axis = None if condition is None else -1
     return jax.vmap(one, in_axes=(-1, axis), out_axes=(0, (-1, 0)))(x, condition)
+
+
+def pieces(transform: AbstractTransform) -> tuple[AbstractTransform, ...]:
+    """The steps of a transform, but a solution that has a trajectory as one.
+
+    The parts of a solution are alike, so they say no more than the whole, and each of them would be
+    compiled.
+    """
+    if isinstance(transform, Invert):
+        return tuple(Invert(part) for part in reversed(pieces(transform.bijection)))
+    if isinstance(transform, Chain):
+        return tuple(piece for part in transform.parts for piece in pieces(part))
+    if type(transform).trajectory is not AbstractTransform.trajectory:
+        return (transform,)
+    return transform.steps()
+
+
+def draws(transform: AbstractTransform, dtype: Any) -> bool:
+    """Whether `forward` needs a key."""
+    shape = transform.cond_shape
+    condition = None if shape is None else jax.ShapeDtypeStruct(shape, dtype)
+    x = jax.ShapeDtypeStruct(transform.in_shape, dtype)
+    try:
+        eqx.filter_eval_shape(lambda t, x, c: t.forward(x, c), transform, x, condition)
+    except InputError:
+        return True
+    return False
 
 
 class Step(NamedTuple):
@@ -122,14 +151,14 @@ class Step(NamedTuple):
     excess: np.ndarray
 
 
-def differentiate(step, x, condition, unit: float) -> Step:
+def differentiate(step, x, condition, unit: float, key=None) -> Step:
     """Compare a step's log-det with its Jacobian's; `unit` is one rounding in budgets."""
     if step.cond_shape is None:
         condition = None
     try:
-        matrix, (y, log_det) = _jacobian(step, x, condition, jax.jacfwd)
+        matrix, (y, log_det) = _jacobian(step, x, condition, jax.jacfwd, key)
     except TypeError:  # a custom rule for reverse mode only
-        matrix, (y, log_det) = _jacobian(step, x, condition, jax.jacrev)
+        matrix, (y, log_det) = _jacobian(step, x, condition, jax.jacrev, key)
     matrix, log_det = np.asarray(matrix, np.float64), np.asarray(log_det, np.float64)
     if not np.isfinite(matrix).all():
         return Step(y, log_det, np.full(log_det.shape, np.nan), np.zeros(log_det.shape))
