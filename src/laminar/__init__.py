@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from laminar._registry import register as register
     from laminar.bijections.amortized import Amortized as Amortized
     from laminar.bijections.amortized import amortized as amortized
+    from laminar.bijections.attention import (
+        TransformerAutoregressive as TransformerAutoregressive,
+    )
+    from laminar.bijections.attention import (
+        transformer_autoregressive as transformer_autoregressive,
+    )
     from laminar.bijections.autoregressive import MaskedAutoregressive as MaskedAutoregressive
     from laminar.bijections.autoregressive import masked_autoregressive as masked_autoregressive
     from laminar.bijections.base import AbstractBijection as AbstractBijection
@@ -41,6 +47,8 @@ if TYPE_CHECKING:
     from laminar.bijections.continuous import VelocityField as VelocityField
     from laminar.bijections.coupling import Coupling as Coupling
     from laminar.bijections.coupling import coupling as coupling
+    from laminar.bijections.dequantise import Dequantise as Dequantise
+    from laminar.bijections.dequantise import dequantisation_noise as dequantisation_noise
     from laminar.bijections.dynamics import Hamiltonian as Hamiltonian
     from laminar.bijections.dynamics import Langevin as Langevin
     from laminar.bijections.dynamics import Leapfrog as Leapfrog
@@ -55,11 +63,22 @@ if TYPE_CHECKING:
     from laminar.bijections.elementwise import Softplus as Softplus
     from laminar.bijections.elementwise import Tanh as Tanh
     from laminar.bijections.elementwise import logit as logit
+    from laminar.bijections.image import Haar as Haar
+    from laminar.bijections.image import Leading as Leading
+    from laminar.bijections.image import PeriodicConv as PeriodicConv
+    from laminar.bijections.image import Positionwise as Positionwise
+    from laminar.bijections.image import Squeeze as Squeeze
+    from laminar.bijections.image import conv1x1 as conv1x1
+    from laminar.bijections.image import multiscale as multiscale
     from laminar.bijections.linear import LU as LU
     from laminar.bijections.linear import ActNorm as ActNorm
     from laminar.bijections.linear import Householder as Householder
     from laminar.bijections.linear import LowRank as LowRank
     from laminar.bijections.linear import Triangular as Triangular
+    from laminar.bijections.masks import MaskedCoupling as MaskedCoupling
+    from laminar.bijections.masks import channel_mask as channel_mask
+    from laminar.bijections.masks import checkerboard_mask as checkerboard_mask
+    from laminar.bijections.masks import conv_coupling as conv_coupling
     from laminar.bijections.monotone import Bernstein as Bernstein
     from laminar.bijections.monotone import DeepSigmoidal as DeepSigmoidal
     from laminar.bijections.monotone import MixtureCDF as MixtureCDF
@@ -104,6 +123,8 @@ if TYPE_CHECKING:
     from laminar.mixtures import GaussianMixture as GaussianMixture
     from laminar.mixtures import IsotropicMixture as IsotropicMixture
     from laminar.mixtures import Mixture as Mixture
+    from laminar.nn.attention import CausalTransformer as CausalTransformer
+    from laminar.nn.conv import ConvNet as ConvNet
     from laminar.nn.encoders import ImageEncoder as ImageEncoder
     from laminar.nn.encoders import SequenceEncoder as SequenceEncoder
     from laminar.nn.encoders import SetEncoder as SetEncoder
@@ -136,6 +157,8 @@ if TYPE_CHECKING:
     from laminar.zoo import realnvp as realnvp
     from laminar.zoo import residual as residual
     from laminar.zoo import sylvester as sylvester
+    from laminar.zoo_images import glow as glow
+    from laminar.zoo_images import tarflow as tarflow
 
 _NAMES = {
     "laminar._errors": (
@@ -149,6 +172,10 @@ _NAMES = {
     "laminar._params": ("Frozen", "trainable"),
     "laminar._registry": ("register",),
     "laminar.bijections.amortized": ("Amortized", "amortized"),
+    "laminar.bijections.attention": (
+        "TransformerAutoregressive",
+        "transformer_autoregressive",
+    ),
     "laminar.bijections.autoregressive": ("MaskedAutoregressive", "masked_autoregressive"),
     "laminar.bijections.base": ("AbstractBijection", "AbstractTransform", "Identity", "Invert"),
     "laminar.bijections.block": ("BlockAutoregressive",),
@@ -164,6 +191,7 @@ _NAMES = {
     ),
     "laminar.bijections.continuous": ("Continuous", "VelocityField"),
     "laminar.bijections.coupling": ("Coupling", "coupling"),
+    "laminar.bijections.dequantise": ("Dequantise", "dequantisation_noise"),
     "laminar.bijections.dynamics": ("Hamiltonian", "Langevin", "Leapfrog"),
     "laminar.bijections.elementwise": (
         "AbstractElementwise",
@@ -178,7 +206,22 @@ _NAMES = {
         "Tanh",
         "logit",
     ),
+    "laminar.bijections.image": (
+        "Haar",
+        "Leading",
+        "PeriodicConv",
+        "Positionwise",
+        "Squeeze",
+        "conv1x1",
+        "multiscale",
+    ),
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
+    "laminar.bijections.masks": (
+        "MaskedCoupling",
+        "channel_mask",
+        "checkerboard_mask",
+        "conv_coupling",
+    ),
     "laminar.bijections.monotone": (
         "Bernstein",
         "DeepSigmoidal",
@@ -211,6 +254,8 @@ _NAMES = {
     "laminar.matching": ("flow_matching", "rnode"),
     "laminar.mixtures": ("GaussianMixture", "IsotropicMixture", "Mixture"),
     "laminar.nn.encoders": ("ImageEncoder", "SequenceEncoder", "SetEncoder"),
+    "laminar.nn.attention": ("CausalTransformer",),
+    "laminar.nn.conv": ("ConvNet",),
     "laminar.nn.lipschitz": ("LipschitzMLP",),
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),
@@ -237,6 +282,7 @@ _NAMES = {
         "residual",
         "sylvester",
     ),
+    "laminar.zoo_images": ("glow", "tarflow"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = (

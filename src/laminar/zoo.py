@@ -46,6 +46,8 @@ from laminar.flow import Flow
 from laminar.nn.lipschitz import LipschitzMLP
 from laminar.preset import Preset as Preset
 from laminar.preset import preset as preset
+from laminar.zoo_images import glow as glow
+from laminar.zoo_images import tarflow as tarflow
 
 Graph = ArrayLike | Sequence[Sequence[int]] | None
 

@@ -488,7 +488,7 @@ def _checkered(at):
 
 
 ATTENTION = [
-    Case("transformer", lambda key: C.repeat(_transformer, 2, key=key)),
+    Case("transformer", lambda key: _transformer(key)),
 ]
 
 

@@ -1,11 +1,11 @@
 """Convolutional conditioners for events of channels and positions, with the batch last.
 
 Arrays are ``(channels, *space, *batch)``: one axis of space for sequences, two for images, any
-number in general. A convolution is one product of matrices over shifted copies of its input, so the
-batch stays where it is.
+number in general. The compiler's convolution takes the batch where it is: on a CPU it is as fast in
+this layout as with channels last or mapped over events, and two to five times as fast as a product
+of matrices over shifted copies of the input.
 """
 
-import itertools
 import math
 from typing import ClassVar, cast
 
@@ -13,33 +13,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax import lax
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.nn.mlp import Activation, Dense, activation_gain, affine, matmul, resolve_activation
-
-
-def patches(x: Array, kernel: Shape) -> Array:
-    """Every position with its neighbours as channels, zeros beyond the edges.
-
-    Args:
-        x: ``(C, *space, *batch)``.
-        kernel: Odd lengths, one for each axis of space.
-
-    Returns:
-        ``(prod(kernel) C, *space, *batch)``, the offset in the kernel before the channel.
-    """
-    if all(k == 1 for k in kernel):
-        return x
-    space = x.shape[1 : 1 + len(kernel)]
-    edges = [(0, 0), *((k // 2, k // 2) for k in kernel)]
-    padded = jnp.pad(x, edges + [(0, 0)] * (x.ndim - len(edges)))
-    shifted = [
-        padded[(slice(None), *(slice(i, i + s) for i, s in zip(at, space, strict=True)))]
-        for at in itertools.product(*map(range, kernel))
-    ]
-    return jnp.concatenate(shifted)
+from laminar.nn.mlp import Activation, Dense, activation_gain, affine, resolve_activation
 
 
 class Conv(eqx.Module):
@@ -47,7 +26,7 @@ class Conv(eqx.Module):
 
         y[o, p] = b[o] + Σ_{q, i} W[o, q, i] x[i, p + q]
 
-    with zeros beyond the edges. The weight is kept as a matrix ``(out, prod(kernel) in)``.
+    with zeros beyond the edges. The weight is ``(out, in, *kernel)``.
 
     Args:
         in_channels: Channels of the input.
@@ -59,7 +38,6 @@ class Conv(eqx.Module):
 
     weight: Array
     bias: Array
-    kernel: Shape = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
 
     def __init__(
@@ -74,14 +52,23 @@ class Conv(eqx.Module):
         if any(k < 1 or k % 2 == 0 for k in kernel):
             raise InputError(f"Conv: a kernel has odd lengths, and {kernel} has not.")
         fan_in = math.prod(kernel) * in_channels
-        self.weight = gain / math.sqrt(max(1, fan_in)) * jr.normal(key, (out_channels, fan_in))
+        shape = (out_channels, in_channels, *kernel)
+        self.weight = gain / math.sqrt(max(1, fan_in)) * jr.normal(key, shape)
         self.bias = jnp.zeros((out_channels,))
-        self.kernel = kernel
 
     def __call__(self, x: Array) -> Array:
         """The convolution."""
-        y = matmul(self.weight, patches(x, self.kernel))
-        return y + expand(self.bias, y.ndim)
+        rank = self.weight.ndim - 2
+        space, batch = x.shape[1 : rank + 1], x.shape[rank + 1 :]
+        placed = (rank + 1, 0, *range(1, rank + 1))
+        y = lax.conv_general_dilated(
+            x.reshape((x.shape[0], *space, math.prod(batch))),
+            self.weight,
+            (1,) * rank,
+            "SAME",
+            dimension_numbers=lax.ConvDimensionNumbers(placed, tuple(range(rank + 2)), placed),
+        )
+        return y.reshape((-1, *space, *batch)) + expand(self.bias, x.ndim)
 
 
 class GatedBlock(eqx.Module):
@@ -130,7 +117,7 @@ class GatedBlock(eqx.Module):
         """``(width, *space, *batch) -> (width, *space, *batch)``."""
         u = self.inner(self.activation(h))
         if self.film is not None and condition is not None:
-            moves = over_space(self.film(condition), len(self.inner.kernel), u.ndim)
+            moves = over_space(self.film(condition), self.inner.weight.ndim - 2, u.ndim)
             gamma, beta = jnp.split(moves, 2)
             u = (1.0 + gamma) * u + beta
         u, v = jnp.split(self.outer(self.activation(u)), 2)

@@ -1,4 +1,4 @@
-"""Builders of flows of images and sequences; `laminar.zoo` is where they are found."""
+"""Builders of flows of images and sequences; `laminar.zoo` has them too."""
 
 import math
 from collections.abc import Sequence
