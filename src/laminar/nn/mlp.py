@@ -324,8 +324,10 @@ class Concatenated(eqx.Module):
         return self.net(jnp.concatenate([x, shared]))
 
 
-def apply_network(net: Callable, x: Array, condition: Array | None = None) -> Array:
-    """Apply any network to vectors with trailing batch axes.
+def apply_network(
+    net: Callable, x: Array, condition: Array | None = None, *, ndim: int = 1, cond_ndim: int = 1
+) -> Array:
+    """Apply any network to events, by default vectors, with trailing batch axes.
 
     A network with an attribute ``batch_last = True`` (as all of this package) takes the batch
     itself. Any other callable is taken as a function of single events, ``net(x)`` or, when there
