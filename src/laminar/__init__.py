@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from laminar.bijections.base import Identity as Identity
     from laminar.bijections.base import Invert as Invert
     from laminar.bijections.block import BlockAutoregressive as BlockAutoregressive
+    from laminar.bijections.circle import CircleMoebius as CircleMoebius
     from laminar.bijections.compose import Chain as Chain
     from laminar.bijections.compose import Independent as Independent
     from laminar.bijections.compose import Indexed as Indexed
@@ -75,6 +76,10 @@ if TYPE_CHECKING:
     from laminar.bijections.linear import Householder as Householder
     from laminar.bijections.linear import LowRank as LowRank
     from laminar.bijections.linear import Triangular as Triangular
+    from laminar.bijections.manifolds import Cylindrical as Cylindrical
+    from laminar.bijections.manifolds import ExponentialMap as ExponentialMap
+    from laminar.bijections.manifolds import Projective as Projective
+    from laminar.bijections.manifolds import SphereMoebius as SphereMoebius
     from laminar.bijections.masks import MaskedCoupling as MaskedCoupling
     from laminar.bijections.masks import channel_mask as channel_mask
     from laminar.bijections.masks import checkerboard_mask as checkerboard_mask
@@ -95,6 +100,10 @@ if TYPE_CHECKING:
     from laminar.bijections.rank_one import Radial as Radial
     from laminar.bijections.rank_one import Sylvester as Sylvester
     from laminar.bijections.residual import Residual as Residual
+    from laminar.bijections.rotations import QuaternionMap as QuaternionMap
+    from laminar.bijections.rotations import RotationCoupling as RotationCoupling
+    from laminar.bijections.simplex import Softmax as Softmax
+    from laminar.bijections.simplex import StickBreaking as StickBreaking
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
     from laminar.bijections.surjections import AbsoluteValue as AbsoluteValue
@@ -107,6 +116,10 @@ if TYPE_CHECKING:
     from laminar.density import Estimate as Estimate
     from laminar.diagnose import CheckReport as CheckReport
     from laminar.diagnose import check as check
+    from laminar.directional import Dirichlet as Dirichlet
+    from laminar.directional import PowerSpherical as PowerSpherical
+    from laminar.directional import UniformOn as UniformOn
+    from laminar.directional import VonMisesFisher as VonMisesFisher
     from laminar.distributions import ConditionalNormal as ConditionalNormal
     from laminar.distributions import Logistic as Logistic
     from laminar.distributions import MultivariateNormal as MultivariateNormal
@@ -133,6 +146,9 @@ if TYPE_CHECKING:
     from laminar.nn.mlp import MLP as MLP
     from laminar.objectives import Batch as Batch
     from laminar.objectives import nll as nll
+    from laminar.spaces import Rotations as Rotations
+    from laminar.spaces import Simplex as Simplex
+    from laminar.spaces import Sphere as Sphere
     from laminar.tables.flow import TableFlow as TableFlow
     from laminar.tables.flow import fit_table as fit_table
     from laminar.tables.read import read_table as read_table
@@ -159,6 +175,9 @@ if TYPE_CHECKING:
     from laminar.zoo import sylvester as sylvester
     from laminar.zoo_images import glow as glow
     from laminar.zoo_images import tarflow as tarflow
+    from laminar.zoo_manifolds import rotations as rotations
+    from laminar.zoo_manifolds import sphere as sphere
+    from laminar.zoo_manifolds import torus as torus
 
 _NAMES = {
     "laminar._errors": (
@@ -179,6 +198,7 @@ _NAMES = {
     "laminar.bijections.autoregressive": ("MaskedAutoregressive", "masked_autoregressive"),
     "laminar.bijections.base": ("AbstractBijection", "AbstractTransform", "Identity", "Invert"),
     "laminar.bijections.block": ("BlockAutoregressive",),
+    "laminar.bijections.circle": ("CircleMoebius",),
     "laminar.bijections.compose": (
         "Chain",
         "Independent",
@@ -216,6 +236,12 @@ _NAMES = {
         "multiscale",
     ),
     "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
+    "laminar.bijections.manifolds": (
+        "Cylindrical",
+        "ExponentialMap",
+        "Projective",
+        "SphereMoebius",
+    ),
     "laminar.bijections.masks": (
         "MaskedCoupling",
         "channel_mask",
@@ -235,12 +261,15 @@ _NAMES = {
     "laminar.bijections.quantile": ("QuantileMap",),
     "laminar.bijections.rank_one": ("Planar", "Radial", "Sylvester"),
     "laminar.bijections.residual": ("Residual",),
+    "laminar.bijections.rotations": ("QuaternionMap", "RotationCoupling"),
+    "laminar.bijections.simplex": ("Softmax", "StickBreaking"),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
     "laminar.bijections.surjections": ("AbsoluteValue", "Ordered", "Slice", "Sort"),
     "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
     "laminar.density": ("AbstractDistribution", "Estimate"),
     "laminar.diagnose": ("CheckReport", "check"),
+    "laminar.directional": ("Dirichlet", "PowerSpherical", "UniformOn", "VonMisesFisher"),
     "laminar.distributions": (
         "ConditionalNormal",
         "Logistic",
@@ -260,6 +289,7 @@ _NAMES = {
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),
     "laminar.objectives": ("Batch", "nll"),
+    "laminar.spaces": ("Rotations", "Simplex", "Sphere"),
     "laminar.tables.flow": ("TableFlow", "fit_table"),
     "laminar.tables.read": ("read_table", "write_table"),
     "laminar.tables.table": ("Table",),
@@ -283,6 +313,7 @@ _NAMES = {
         "sylvester",
     ),
     "laminar.zoo_images": ("glow", "tarflow"),
+    "laminar.zoo_manifolds": ("rotations", "sphere", "torus"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = (
@@ -290,6 +321,7 @@ _MODULES = (
     "conditional",
     "density",
     "diagnose",
+    "directional",
     "distributions",
     "export",
     "flow",
@@ -301,6 +333,7 @@ _MODULES = (
     "objectives",
     "preset",
     "report",
+    "spaces",
     "tables",
     "testing",
     "train",

@@ -29,12 +29,14 @@ T = TypeVar("T")
 # them. What only lives while training runs is not part of a model.
 _PACKAGES = (
     "laminar._params",
+    "laminar.spaces",
     "laminar.nn",
     "laminar.bijections",
     "laminar.density",
     "laminar.mixtures",
     "laminar.distributions",
     "laminar.conditional",
+    "laminar.directional",
     "laminar.flow",
 )
 _UPPER_PACKAGES = ("laminar.tables", "laminar.inference", "laminar.tasks")

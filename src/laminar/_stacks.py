@@ -50,6 +50,7 @@ def conditioned(
     residual: bool = False,
     linear: bool = False,
     mixing: Mixing = "order",
+    periodic: bool = False,
     graph: ArrayLike | Sequence[Sequence[int]] | None = None,
 ) -> Repeat:
     """A scanned stack of layers of one kind, whose parameters networks set."""
@@ -79,7 +80,15 @@ def conditioned(
         else:
             # The entry at position i of the order comes to place i; the first half conditions.
             move = Permute(jnp.argsort(order))
-        layer = coupling(dim, template, width=width, depth=depth, cond_dim=cond_dim, key=net_key)
+        layer = coupling(
+            dim,
+            template,
+            width=width,
+            depth=depth,
+            cond_dim=cond_dim,
+            periodic=periodic,
+            key=net_key,
+        )
         return Chain([move, layer, Invert(move)])
 
     def make(at: tuple[Array, PRNGKeyArray]) -> AbstractTransform:

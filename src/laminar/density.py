@@ -27,6 +27,7 @@ from laminar._typing import (
     PyTree,
     Shape,
 )
+from laminar.spaces import AbstractSpace
 
 _WORKING_SET = {"cpu": 3 * 2**20}
 """Scalars that one chunk may hold, by the estimate of `_row_cost`: what a CPU's caches hold."""
@@ -98,6 +99,11 @@ class AbstractDistribution(eqx.Module):
         The doors call it once, before conditions meet events, so each condition is encoded once.
         """
         return self, None if condition is None else condition.astype(self.dtype)
+
+    @property
+    def space(self) -> AbstractSpace | None:
+        """The manifold that events lie on, and its measure; None for Lebesgue measure."""
+        return None
 
     @property
     def exactness(self) -> str:

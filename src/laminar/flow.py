@@ -81,6 +81,12 @@ class Flow(AbstractDistribution):
         cond_shape: Any = None,
     ):
         self.base, self.bijection, self.embed = base, bijection, embed
+        if self._base.space != self._map.in_space:
+            raise ShapeError(
+                f"Flow: the base ({self._base.name}) has events on {self._base.space}, the "
+                f"bijection ({self._map.name}) takes them on {self._map.in_space} (None: Lebesgue "
+                "measure)."
+            )
         if self._base.shape != self._map.in_shape:
             raise ShapeError(
                 f"Flow: the base ({self._base.name}) has events of shape {self._base.shape}, the "
@@ -131,6 +137,11 @@ class Flow(AbstractDistribution):
     def shape(self) -> Shape:
         """Shape of one data event."""
         return self._map.out_shape
+
+    @property
+    def space(self):
+        """The manifold of data events, if any."""
+        return self._map.out_space
 
     @property
     def cond_shape(self) -> Any:

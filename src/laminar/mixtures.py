@@ -231,6 +231,11 @@ class Mixture(AbstractDistribution):
         self.shape = parts[0].shape
         self.cond_shape = None
         for i, part in enumerate(parts):
+            if part.space != parts[0].space:
+                raise ShapeError(
+                    f"Mixture: component 0 ({parts[0].name}) has events on {parts[0].space}, "
+                    f"component {i} ({part.name}) on {part.space} (None: Lebesgue measure)."
+                )
             if part.shape != self.shape:
                 raise ShapeError(
                     f"Mixture: component 0 ({parts[0].name}) has events of shape {self.shape}, "
@@ -250,6 +255,11 @@ class Mixture(AbstractDistribution):
     def weights(self) -> Array:
         """The weights π, ``(K,)``."""
         return jax.nn.softmax(self.logits)
+
+    @property
+    def space(self):
+        """That of the components."""
+        return self._parts()[0].space
 
     @property
     def exactness(self) -> str:

@@ -24,6 +24,7 @@ from laminar.bijections.base import AbstractTransform, Direction, call
 from laminar.diagnose import estimates
 from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.spaces import dimension, log_units, restrict
 
 Interval = tuple[float, float]
 _REALS: Interval = (-math.inf, math.inf)
@@ -101,10 +102,12 @@ def check_bijection(
     """Run the contract of a bijection.
 
     Checked are, in float32 and float64: round trips both ways; the log-det against the Jacobian's
-    by forward and by reverse differentiation; that forward and inverse log-dets cancel; that
+    by forward and by reverse differentiation, on manifolds between tangent spaces and in the
+    measures declared (`laminar.spaces`); that forward and inverse log-dets cancel; that
     compiled, eager and batch-last evaluation agree; that one condition can be shared by a batch;
     that gradients in the point and in every trained parameter are finite at 0, ±1e-30, ±1e6, the
-    ends of the intervals and beyond; that points outside give a finite image and −inf; that NaN
+    ends of the intervals and beyond; that points outside, as all off a manifold are, give a finite
+    image and −inf; that NaN
     stays NaN; and that one compiled program serves two instances.
 
     A transform whose log-det is an estimate or a bound gets the same, under random keys, with what
@@ -178,10 +181,13 @@ def _draw(bijection, key, domain, image, edges, dtype):
     if shape is not None:
         condition = jr.normal(cond_key, (*shape, math.prod(_BATCH)), dtype)
 
-    def side(key, event, interval):
+    def side(key, event, interval, space):
         lo, hi = interval
-        u = jr.normal(key, (*event, math.prod(_BATCH)), dtype)
-        if math.isfinite(lo) and math.isfinite(hi):
+        noise = event if space is None else (space.noise,)
+        u = jr.normal(key, (*noise, math.prod(_BATCH)), dtype)
+        if space is not None:
+            points = space.place(u)
+        elif math.isfinite(lo) and math.isfinite(hi):
             points = lo + (hi - lo) * jax.nn.sigmoid(u)
         elif math.isfinite(lo):
             points = lo + jnp.exp(u)
@@ -191,7 +197,8 @@ def _draw(bijection, key, domain, image, edges, dtype):
             points = 1.5 * u
         ends = [end for end in interval if math.isfinite(end)]
         beyond = [lo - 1] * math.isfinite(lo) + [hi + 1] * math.isfinite(hi)
-        outside = [*beyond, -math.inf, math.inf] if ends else []
+        beyond = beyond if space is None else [-2.0, 2.0]
+        outside = [*beyond, -math.inf, math.inf] if beyond else []
 
         def fill(values):
             return jnp.broadcast_to(jnp.asarray(values, dtype), (*event, len(values)))
@@ -201,8 +208,8 @@ def _draw(bijection, key, domain, image, edges, dtype):
         return _Side(points, fill([*_EDGES, *ends, *beyond, *edges]), fill(outside), missing)
 
     return (
-        side(x_key, bijection.in_shape, domain),
-        side(y_key, bijection.out_shape, image),
+        side(x_key, bijection.in_shape, domain, bijection.in_space),
+        side(y_key, bijection.out_shape, image, bijection.out_space),
         condition,
     )
 
@@ -281,13 +288,14 @@ def _parts(side: _Side, value, log_det):
 
 
 def _derivatives(bijection, direction: Direction, side: _Side, condition) -> dict[str, Any]:
-    """The Jacobian's log-det, and where gradients are finite.
+    """The Jacobians, and where gradients are finite.
 
     Forward is differentiated in forward mode and inverse in reverse mode, so that both are tried.
     """
     cond_axis = None if condition is None else -1
     shared = None if condition is None else condition[..., 0]
-    size = math.prod(bijection.in_shape)
+    sizes = [math.prod(shape) for shape in (bijection.in_shape, bijection.out_shape)]
+    sizes = sizes[::-1] if direction == "forward" else sizes
     diff = jax.jacfwd if direction == "forward" else jax.jacrev
     jacobian = jax.vmap(
         diff(lambda x, c: getattr(bijection, direction)(x, c)[0]), in_axes=(-1, cond_axis)
@@ -303,7 +311,7 @@ def _derivatives(bijection, direction: Direction, side: _Side, condition) -> dic
         return jnp.stack([jnp.isfinite(g).all() for g in jtu.tree_leaves(grads)]).all()
 
     return {
-        "jacobian": jnp.linalg.slogdet(jacobian.reshape(-1, size, size))[1],
+        "jacobian": jacobian.reshape(-1, *sizes),
         "finite": jax.vmap(finite, in_axes=-1)(side.edges),
     }
 
@@ -341,7 +349,13 @@ def _findings(pair, inputs, dtype, slack) -> list[Check]:
 def _signatures(bijection, x_side, y_side, condition, dtype) -> list[Check]:
     """Shapes and dtypes of what one event gives, without computing anything."""
     first = None if condition is None else condition[..., 0]
-    found = []
+    dims = [
+        dimension(bijection.in_space, bijection.in_shape),
+        dimension(bijection.out_space, bijection.out_shape),
+    ]
+    detail = f"The spaces of its two sides have {dims[0]} and {dims[1]} dimensions."
+    gap = 0 if bijection.exactness == "bound" else abs(dims[0] - dims[1])
+    found = [Check("dimensions", dtype, gap, 0, detail)]
     sides = (("forward", x_side, bijection.out_shape), ("inverse", y_side, bijection.in_shape))
     for direction, side, expected in sides:
         method = getattr(bijection, direction)
@@ -385,8 +399,13 @@ def _judge(bijection, direction, side, out, dtype, budget) -> list[Check]:
         return max(_gap(a[0], b[0]) / values, _gap(a[1], b[1]) / log_dets) * values
 
     _, log_det = out["single"]
+    inner, outer = bijection.in_space, bijection.out_space
+    inner, outer = (inner, outer) if direction == "forward" else (outer, inner)
+    points = np.moveaxis(np.asarray(side.points), -1, 0)
+    square = restrict(out["jacobian"], inner, points.reshape((len(points), -1)))
+    jacobian = np.linalg.slogdet(square)[1] + log_units(inner, outer)
     add("round trip", _gap(out["returned"], side.points), values)
-    add("log-det is the Jacobian's", _gap(log_det, out["jacobian"]), log_dets)
+    add("log-det is the Jacobian's", _gap(log_det, jacobian), log_dets)
     add("log-dets cancel", _gap(-out["log_det_back"], log_det), log_dets)
     add("batch-last = single events", gaps(out["batched"], out["single"]), values)
     if "shared" in out:

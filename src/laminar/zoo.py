@@ -48,6 +48,9 @@ from laminar.preset import Preset as Preset
 from laminar.preset import preset as preset
 from laminar.zoo_images import glow as glow
 from laminar.zoo_images import tarflow as tarflow
+from laminar.zoo_manifolds import rotations as rotations
+from laminar.zoo_manifolds import sphere as sphere
+from laminar.zoo_manifolds import torus as torus
 
 Graph = ArrayLike | Sequence[Sequence[int]] | None
 

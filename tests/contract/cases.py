@@ -24,6 +24,7 @@ from laminar.bijections.attention import transformer_autoregressive
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Identity, Invert
 from laminar.bijections.block import BlockAutoregressive
+from laminar.bijections.circle import CircleMoebius
 from laminar.bijections.continuous import Continuous, VelocityField
 from laminar.bijections.coupling import coupling
 from laminar.bijections.dynamics import Leapfrog
@@ -34,6 +35,12 @@ from laminar.bijections.image import (
     Squeeze,
     conv1x1,
     multiscale,
+)
+from laminar.bijections.manifolds import (
+    Cylindrical,
+    ExponentialMap,
+    Projective,
+    SphereMoebius,
 )
 from laminar.bijections.masks import checkerboard_mask, conv_coupling
 from laminar.bijections.monotone import (
@@ -48,6 +55,8 @@ from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.quantile import QuantileMap
 from laminar.bijections.rank_one import Planar, Radial, Sylvester
 from laminar.bijections.residual import Residual
+from laminar.bijections.rotations import QuaternionMap, RotationCoupling
+from laminar.bijections.simplex import Softmax, StickBreaking
 from laminar.bijections.splines import Linear, RationalQuadratic
 from laminar.bijections.templates import as_elementwise
 from laminar.nn.lipschitz import LipschitzMLP
@@ -508,6 +517,42 @@ def _transformer(key):
     return randomise(layer, draw_key, 0.4)
 
 
+MANIFOLDS = [
+    Case("circle_moebius", lambda key: randomise(CircleMoebius(1, (2,)), key), CIRCLE, CIRCLE),
+    Case("circle_moebius_mean", lambda key: randomise(CircleMoebius(3, (2,)), key), CIRCLE, CIRCLE),
+    Case(
+        "torus_coupling",
+        lambda key: _coupling(
+            CircleMoebius(), key, 2, cond_dim=2, periodic=True, marginal=CircleMoebius(1, (1,))
+        ),
+        CIRCLE,
+        CIRCLE,
+    ),
+    Case("sphere_moebius", lambda key: randomise(SphereMoebius(2), key)),
+    Case("sphere_amortized", lambda key: _amortized(SphereMoebius(1), key, 0.7)),
+    Case("projective", lambda key: randomise(Projective(L.LU(3, bias=False)), key, 0.5)),
+    Case("exponential_map", lambda key: _exponential(2, key)),
+    Case("exponential_map_symmetric", lambda key: _exponential(3, key, symmetric=True), slow=True),
+    Case("cylindrical", lambda key: Cylindrical(3), domain=(-1, 1)),
+    Case("stick_breaking", lambda key: StickBreaking(4)),
+    Case("softmax", lambda key: Softmax(4)),
+    Case(
+        "rotation_coupling",
+        lambda key: randomise(RotationCoupling(1, width=8, depth=1, cond_dim=2, key=key), key, 0.4),
+    ),
+    Case("quaternion_map", lambda key: QuaternionMap(_turned(key))),
+]
+
+
+def _exponential(n, key, **options):
+    return randomise(ExponentialMap(n, 3, key=key, **options), key)
+
+
+def _turned(key):
+    """Tame enough that quaternions keep their digits."""
+    return randomise(Projective(L.LU(4, bias=False)), key, 0.5)
+
+
 # Other tiers append their lists here.
 CASES: list[Case] = [
     *ELEMENTWISE,
@@ -525,6 +570,7 @@ CASES: list[Case] = [
     *RESIDUAL,
     *MONOTONE,
     *BLOCK,
+    *MANIFOLDS,
     *IMAGE,
     *ATTENTION,
 ]

@@ -11,9 +11,11 @@ from jax.core import Tracer
 from laminar._errors import InputError
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import Affine
+from laminar.bijections.simplex import Softmax
 from laminar.diagnose import check
 from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.spaces import Sphere
 from laminar.testing import ContractError, check_bijection
 
 
@@ -171,6 +173,51 @@ class UsesKey(Faulty):
         return y, log_det if key is None else log_det + 0.1
 
 
+class OnSphere(AbstractBijection):
+    """y = s x / |s x| on the sphere, with one fault in what it says of measures."""
+
+    scale: jnp.ndarray
+    fault: str = eqx.field(static=True)
+    in_shape: tuple = eqx.field(static=True, default=(3,))
+    out_shape: tuple = eqx.field(static=True, default=(3,))
+    cond_shape: None = eqx.field(static=True, default=None)
+
+    @property
+    def in_space(self):
+        return Sphere(2)
+
+    @property
+    def out_space(self):
+        return None if self.fault == "dimensions" else Sphere(2)
+
+    def _run(self, x, scale):
+        on, off = Sphere(2).clamp(x)
+        y = on * scale
+        length = jnp.sqrt(y @ y)
+        metric = 0 if self.fault == "log-det is the Jacobian's" else 3 * jnp.log(length)
+        log_det = jnp.log(scale).sum() - metric
+        keep = self.fault == "outside"
+        return y / length, log_det if keep else jnp.where(off, -jnp.inf, log_det)
+
+    def forward(self, x, condition=None, *, key=None):
+        return self._run(x, self.scale)
+
+    def inverse(self, y, condition=None, *, key=None):
+        return self._run(y, 1 / self.scale)
+
+
+class WrongMeasure(Softmax):
+    """The log-det of the simplex's surface measure, though its space states another."""
+
+    def _forward(self, x, condition):
+        y, log_det = super()._forward(x, condition)
+        return y, log_det + 0.5 * jnp.log(3.0).astype(x.dtype)
+
+    def _inverse(self, y, condition):
+        x, log_det = super()._inverse(y, condition)
+        return x, log_det - 0.5 * jnp.log(3.0).astype(y.dtype)
+
+
 FAULTS = [
     "round trip",
     "log-det is the Jacobian's",
@@ -279,3 +326,16 @@ def test_report_lists_failures_without_raising():
 
 def test_default_is_a_check_of_the_identity_too():
     assert check_bijection(Affine(shape=(2,)), key=jr.key(0), float64=False).passed
+
+
+@pytest.mark.parametrize("fault", ["log-det is the Jacobian's", "dimensions", "outside"])
+def test_faults_on_a_manifold_are_caught(fault):
+    scale = jnp.array([0.5, 1.0, 2.0])
+    with pytest.raises(ContractError, match=fault):
+        check_bijection(OnSphere(scale, fault), key=jr.key(0), float64=False)
+
+
+def test_another_measure_than_the_stated_one_is_caught():
+    assert check_bijection(OnSphere(jnp.ones(3), "none"), key=jr.key(0), float64=False).passed
+    with pytest.raises(ContractError, match="log-det is the Jacobian's"):
+        check_bijection(WrongMeasure(3), key=jr.key(0), float64=False)

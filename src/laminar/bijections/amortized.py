@@ -66,6 +66,16 @@ class Amortized(AbstractTransform):
         return self.bijection.out_shape
 
     @property
+    def in_space(self):
+        """That of the template."""
+        return self.bijection.in_space
+
+    @property
+    def out_space(self):
+        """That of the template."""
+        return self.bijection.out_space
+
+    @property
     def exactness(self) -> Exactness:
         """That of the template."""
         return self.bijection.exactness

@@ -8,8 +8,10 @@ transform that knows only single events over the trailing axes.
 """
 
 import abc
+import itertools
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import equinox as eqx
 import jax
@@ -18,6 +20,7 @@ import jax.random as jr
 
 from laminar._errors import ShapeError
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
+from laminar.spaces import AbstractSpace
 
 Exactness = Literal["exact", "unbiased", "bound", "biased"]
 Side = Literal["out", "in"]
@@ -43,6 +46,9 @@ class AbstractTransform(eqx.Module):
 
     Outside the support ``inverse`` returns a finite clamped point and a log-det of −inf; NaN stays
     NaN; gradients are finite everywhere.
+
+    On manifolds the determinant is that of the map between tangent spaces, with respect to the
+    measures of `in_space` and `out_space` (see `laminar.spaces`).
     """
 
     if TYPE_CHECKING:
@@ -58,6 +64,16 @@ class AbstractTransform(eqx.Module):
         exactness: eqx.AbstractVar[Exactness]
 
     batch_last: ClassVar[bool] = False
+
+    @property
+    def in_space(self) -> AbstractSpace | None:
+        """The manifold that latent events lie on; None for Lebesgue measure."""
+        return None
+
+    @property
+    def out_space(self) -> AbstractSpace | None:
+        """The manifold that data events lie on; None for Lebesgue measure."""
+        return None
 
     @abc.abstractmethod
     def forward(
@@ -169,6 +185,59 @@ def call(
     )
 
 
+def weakest(parts: Iterable[Any]) -> Exactness:
+    """The exactness of several parts: a bias spoils all, then a bound, then an estimate."""
+    kinds = {part.exactness for part in parts}
+    order: tuple[Exactness, ...] = ("biased", "bound", "unbiased", "exact")
+    return next(kind for kind in order if kind in kinds)
+
+
+def merge_cond_shapes(owner: str, parts: Sequence[AbstractTransform]) -> Shape | None:
+    """The one condition shape that all conditioned parts share; None when no part takes one."""
+    found: tuple[int, Shape] | None = None
+    for i, part in enumerate(parts):
+        if part.cond_shape is None:
+            continue
+        if found is not None and found[1] != part.cond_shape:
+            raise ShapeError(
+                f"{owner}: part {found[0]} takes a condition of shape {found[1]}, "
+                f"part {i} ({part.name}) one of shape {part.cond_shape}."
+            )
+        found = found or (i, part.cond_shape)
+    return None if found is None else found[1]
+
+
+def check_joints(owner: str, parts: Sequence[AbstractTransform]) -> None:
+    """Refuse parts of which one does not take what the one before it gives."""
+    for i, (a, b) in enumerate(itertools.pairwise(parts)):
+        if a is b and a.out_shape != a.in_shape:
+            raise ShapeError(
+                f"{owner}: {a.name} takes {a.in_shape} and gives {a.out_shape}, so it cannot "
+                "follow itself."
+            )
+        if a.out_shape != b.in_shape:
+            raise ShapeError(
+                f"{owner}: part {i} ({a.name}) gives {a.out_shape}, "
+                f"part {i + 1} ({b.name}) takes {b.in_shape}."
+            )
+        if a.out_space != b.in_space:
+            raise ShapeError(
+                f"{owner}: part {i} ({a.name}) gives events on {a.out_space}, "
+                f"part {i + 1} ({b.name}) takes them on {b.in_space} (None: Lebesgue measure)."
+            )
+
+
+def check_flat(owner: str, part: AbstractTransform, *, exact: bool = True) -> None:
+    """Refuse a part on a manifold, whose product with others is none that could be named."""
+    if exact and part.exactness != "exact":
+        raise ShapeError(f"{owner} takes an exact bijection, not {part.name}.")
+    if (part.in_space, part.out_space) != (None, None):
+        raise ShapeError(
+            f"{owner} takes no parts on manifolds: {part.name} maps {part.in_space} to "
+            f"{part.out_space}."
+        )
+
+
 class Invert(AbstractTransform):
     """The inverse of a bijection as a bijection: forward and inverse change places.
 
@@ -192,6 +261,16 @@ class Invert(AbstractTransform):
     def cond_shape(self) -> Shape | None:
         """The condition of the wrapped bijection."""
         return self.bijection.cond_shape
+
+    @property
+    def in_space(self):
+        """That of the data of the wrapped bijection."""
+        return self.bijection.out_space
+
+    @property
+    def out_space(self):
+        """That of the latents of the wrapped bijection."""
+        return self.bijection.in_space
 
     def __check_init__(self):
         if self.bijection.exactness == "bound":
@@ -237,16 +316,27 @@ class Invert(AbstractTransform):
 
 
 class Identity(AbstractBijection):
-    """The map y = x, with log-det zero."""
+    """The map y = x, with log-det zero, on any space."""
 
     in_shape: Shape = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True, default=None)
+    space: AbstractSpace | None = eqx.field(static=True, default=None)
     batch_last: ClassVar[bool] = True
 
     @property
     def out_shape(self) -> Shape:
         """Equal to ``in_shape``."""
         return self.in_shape
+
+    @property
+    def in_space(self):
+        """The `space` given."""
+        return self.space
+
+    @property
+    def out_space(self):
+        """The `space` given."""
+        return self.space
 
     def forward(self, x, condition=None, *, key=None):
         """``(x, 0)``."""

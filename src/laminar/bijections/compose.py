@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -22,29 +21,11 @@ from laminar.bijections.base import (
     AbstractTransform,
     Exactness,
     call,
+    check_flat,
+    check_joints,
+    merge_cond_shapes,
+    weakest,
 )
-
-
-def weakest(parts: Iterable[Any]) -> Exactness:
-    """The exactness of several parts: a bias spoils all, then a bound, then an estimate."""
-    kinds = {part.exactness for part in parts}
-    order: tuple[Exactness, ...] = ("biased", "bound", "unbiased", "exact")
-    return next(kind for kind in order if kind in kinds)
-
-
-def merge_cond_shapes(owner: str, parts: Sequence[AbstractTransform]) -> Shape | None:
-    """The one condition shape that all conditioned parts share; None when no part takes one."""
-    found: tuple[int, Shape] | None = None
-    for i, part in enumerate(parts):
-        if part.cond_shape is None:
-            continue
-        if found is not None and found[1] != part.cond_shape:
-            raise ShapeError(
-                f"{owner}: part {found[0]} takes a condition of shape {found[1]}, "
-                f"part {i} ({part.name}) one of shape {part.cond_shape}."
-            )
-        found = found or (i, part.cond_shape)
-    return None if found is None else found[1]
 
 
 class Chain(AbstractTransform):
@@ -63,12 +44,7 @@ class Chain(AbstractTransform):
     def __init__(self, parts: Sequence[AbstractTransform]):
         if not parts:
             raise ShapeError("Chain needs at least one part; use Identity(shape) for none.")
-        for i, (a, b) in enumerate(itertools.pairwise(parts)):
-            if a.out_shape != b.in_shape:
-                raise ShapeError(
-                    f"Chain: part {i} ({a.name}) gives {a.out_shape}, "
-                    f"part {i + 1} ({b.name}) takes {b.in_shape}."
-                )
+        check_joints("Chain", parts)
         self.parts = tuple(parts)
         self.cond_shape = merge_cond_shapes("Chain", parts)
 
@@ -81,6 +57,16 @@ class Chain(AbstractTransform):
     def out_shape(self) -> Shape:
         """What the last part gives."""
         return self.parts[-1].out_shape
+
+    @property
+    def in_space(self):
+        """That of the first part."""
+        return self.parts[0].in_space
+
+    @property
+    def out_space(self):
+        """That of the last part."""
+        return self.parts[-1].out_space
 
     @property
     def exactness(self) -> Exactness:
@@ -160,11 +146,7 @@ class Repeat(AbstractTransform):
                 "Repeat: every array of the stacked layers needs one leading layer axis; "
                 f"found leading sizes {sorted(lengths)}."
             )
-        if layers.in_shape != layers.out_shape:
-            raise ShapeError(
-                f"Repeat: {layers.name} takes {layers.in_shape} and gives {layers.out_shape}, so "
-                "it cannot follow itself."
-            )
+        check_joints("Repeat", [layers, layers])
         self.layers = layers
         self.length = lengths.pop()[0]
 
@@ -177,6 +159,16 @@ class Repeat(AbstractTransform):
     def out_shape(self) -> Shape:
         """The shape each layer maps to itself."""
         return self.layers.out_shape
+
+    @property
+    def in_space(self):
+        """That of a layer."""
+        return self.layers.in_space
+
+    @property
+    def out_space(self):
+        """That of a layer."""
+        return self.layers.out_space
 
     @property
     def cond_shape(self) -> Shape | None:
@@ -331,8 +323,7 @@ class Independent(AbstractBijection):
         return self.size * self.bijection.row_cost(direction)
 
     def __check_init__(self):
-        if self.bijection.exactness != "exact":
-            raise ShapeError(f"Independent takes an exact bijection, not {self.bijection.name}.")
+        check_flat("Independent", self.bijection)
         sizes = {x.shape[:1] for x in jtu.tree_leaves(self.bijection) if eqx.is_array(x)}
         if self.stacked and not sizes <= {(self.size,)}:
             raise ShapeError(
@@ -397,6 +388,7 @@ class Stack(AbstractTransform):
             raise ShapeError("Stack needs at least one part.")
         first = parts[0]
         for i, part in enumerate(parts):
+            check_flat("Stack", part, exact=False)
             if (part.in_shape, part.out_shape) != (first.in_shape, first.out_shape):
                 raise ShapeError(
                     f"Stack: part 0 ({first.name}) maps {first.in_shape} to {first.out_shape}, "
@@ -552,8 +544,7 @@ class Indexed(AbstractBijection):
         self, bijection: AbstractTransform, index: Array | Sequence[int] | np.ndarray, dim: int
     ):
         index = jnp.asarray(index, jnp.int32)
-        if bijection.exactness != "exact":
-            raise ShapeError(f"Indexed takes an exact bijection, not {bijection.name}.")
+        check_flat("Indexed", bijection)
         if bijection.in_shape != index.shape or bijection.out_shape != index.shape:
             raise ShapeError(
                 f"Indexed: {bijection.name} maps {bijection.in_shape} to {bijection.out_shape}, "

@@ -15,7 +15,7 @@ from laminar.bijections.base import AbstractBijection, AbstractTransform, call, 
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.templates import as_elementwise
 from laminar.nn.conv import ConvNet
-from laminar.nn.mlp import MLP, Activation, apply_network
+from laminar.nn.mlp import MLP, Activation, Periodic, apply_network
 
 _USUAL_WIDTH = 128
 
@@ -168,6 +168,7 @@ def coupling(
     depth: int = 2,
     activation: str | Activation = jax.nn.relu,
     film: bool = False,
+    periodic: bool = False,
     marginal: AbstractTransform | None = None,
 ) -> Coupling:
     """Build a `Coupling` layer with a residual network that fits it and starts at the template.
@@ -182,6 +183,8 @@ def coupling(
         depth: Residual blocks of the network.
         activation: A function of `jax.nn` or its name.
         film: Whether the condition modulates every block; see `laminar.nn.mlp.MLP`.
+        periodic: Whether entries are angles; the network then sees their cosines and sines, so that
+            the map is continuous on the torus.
         marginal: A bijection of the part that passes; see `Coupling`.
 
     Raises:
@@ -190,7 +193,7 @@ def coupling(
     n = _check_split((dim,), n_identity, cond_dim)
     scalar = check_template(template)
     net = MLP(
-        n,
+        2 * n if periodic else n,
         (scalar.params.shape[0], dim - n),
         key=key,
         width=width,
@@ -199,6 +202,7 @@ def coupling(
         activation=activation,
         film=film,
     )
+    net = Periodic(net) if periodic else net
     return Coupling(scalar, net, dim, n_identity=n, cond_dim=cond_dim, marginal=marginal)
 
 

@@ -77,7 +77,7 @@ def first_steps(transform: AbstractTransform, k: int) -> AbstractTransform:
     if not 0 <= k <= total:
         raise ShapeError(f"{transform.name} has {total} steps, so it has no first {k}.")
     if k == 0:
-        return Identity(transform.in_shape)
+        return Identity(transform.in_shape, space=transform.in_space)
     if k == total:
         return transform
     if isinstance(transform, Invert):

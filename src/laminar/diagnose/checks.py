@@ -9,7 +9,7 @@ Every check is a number and a budget. The budgets, by the precision of the flow'
 | log-det against the Jacobian | 1e-3 | 1e-6 | worst difference of a step, per dimension |
 | two ways to the density | 1e-3 | 1e-6 | worst difference in nats, per dimension |
 | integral, D = 1, 2, 3 | 1e-3, 3e-3, 1e-2, plus ε | same | distance from one; ε: cubature's error |
-| integral, D > 3 | 2e-3 + 4 σ | same | distance from one; σ: standard error |
+| integral, D > 3 or on a manifold | 2e-3 + 4 σ | same | distance from one; σ: standard error |
 | samples follow the density | 5.5 | 5.5 | worst difference of a mean in standard errors |
 | estimates are unbiased | 5.5 | 5.5 | worst difference of a mean log-det in standard errors |
 | the bound holds | 5.5 | 5.5 | worst excess of the bound's mass in standard errors |
@@ -36,6 +36,7 @@ from laminar.diagnose.measure import NAMES, Measure, badness
 from laminar.diagnose.report import CheckReport, Line
 from laminar.flow import Flow
 from laminar.mixtures import Mixture
+from laminar.spaces import dimension
 
 _BUDGETS = {8: 1e-6, 4: 1e-3, 2: 1e-1}
 """Relative budget by bytes of a number."""
@@ -67,7 +68,8 @@ def check(
     - `log_prob` agrees with `sample_and_log_prob` on the latter's samples.
     - The density integrates to one: by adaptive cubature over the whole space in 1–3 dimensions,
       otherwise by importance sampling from a wider proposal, in data space or carried through the
-      flow, whichever is more effective. Where neither is, the line says so and does not count.
+      flow, whichever is more effective. Where neither is, the line says so and does not count. On a
+      manifold the integral is the mean over uniform points, times the whole measure.
     - Samples of `sample` follow that density: means of the log-density and of bounded functions of
       every coordinate agree between samples and the integral.
     - A log-det declared unbiased is the Jacobian's in the mean over 400 keys, at 16 points; of one
@@ -249,7 +251,14 @@ class _Check:
     def jacobians(self, flow, latent, whole, condition, inside, sampled) -> None:
         """The log-det of every step against that of its Jacobian."""
         name = _JACOBIAN
-        if math.prod(flow._map.in_shape) != math.prod(flow._map.out_shape):
+        inner, outer = (
+            dimension(space, shape)
+            for space, shape in (
+                (flow._map.in_space, flow._map.in_shape),
+                (flow._map.out_space, flow._map.out_shape),
+            )
+        )
+        if inner != outer:
             return self.skip(name, "the two spaces differ in size")
         if self.dim > _MAX_JACOBIAN:
             return self.skip(name, f"a Jacobian of {self.dim} rows is too large")

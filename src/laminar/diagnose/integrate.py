@@ -1,21 +1,25 @@
 """Numerical integrals of a density, to see whether it integrates to one and its samples follow it.
 
-Two methods on the host in float64; the density itself is evaluated wherever the caller does it.
+Three methods on the host in float64; the density itself is evaluated wherever the caller does it.
 
 - `quadrature`: adaptive cubature in one to three dimensions. Each axis is mapped by
   x = c + s sinh(t), so that a grid of moderate length in t reaches 10⁶ spreads and heavy tails
   become smooth. Cells with the largest error, or whose integral disagrees with the share of samples
   in them, are halved along every axis until the error is small or the evaluations are spent.
 - `importance`: any dimension, from a proposal that is wider than the density, with standard error.
+- `on_manifold`: the mean over uniform points of a compact manifold, times its measure.
 
-Both also give the means of a few bounded statistics under the density, to be compared with samples.
+All also give the means of a few bounded statistics under the density, to be compared with samples.
 """
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from laminar.spaces import AbstractSpace
 
 LogDensity = Callable[[np.ndarray], np.ndarray]
 """Maps points (m, D) to log-densities (m,)."""
@@ -332,3 +336,43 @@ def importance(
     return Integral(
         float(w.mean()), float(w.std(ddof=1) / math.sqrt(n)), means, spread, effective, n
     )
+
+
+def on_manifold(
+    space: AbstractSpace,
+    log_density: LogDensity,
+    scale: Scale,
+    rng: np.random.Generator,
+    *,
+    repetitions: int = 16,
+    log2_points: int = 11,
+) -> Integral:
+    """Integrate a density over a compact manifold by scrambled Sobol points.
+
+    Args:
+        space: The manifold.
+        log_density: Of flat points, with respect to the measure of `space`.
+        scale: Scale of the points, for the statistics.
+        rng: Source of randomness.
+        repetitions: How many independent scramblings, whose spread gives the errors.
+        log2_points: The logarithm of the number of points in each.
+    """
+    from scipy.special import ndtri
+    from scipy.stats import qmc
+
+    values, sums = [], []
+    for _ in range(repetitions):
+        cube = qmc.Sobol(space.noise, rng=rng).random_base2(log2_points)
+        noise = ndtri(np.clip(cube, 1e-10, 1 - 1e-10)).T
+        points = np.moveaxis(np.asarray(space.place(jnp.asarray(noise)), np.float64), -1, 0)
+        x = points.reshape((len(points), -1))
+        log_p = log_density(x)
+        w = np.exp(log_p + space.log_volume)
+        values.append(w.mean())
+        sums.append((w[:, None] * scale.statistics(x, log_p)).mean(0))
+    value, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(repetitions)
+    ratios = np.stack(sums) / np.where(np.array(values) > 0, values, np.nan)[:, None]
+    spread = ratios.std(0, ddof=1) / math.sqrt(repetitions)
+    count = repetitions * 2**log2_points
+    means = np.sum(sums, 0) / np.sum(values)
+    return Integral(float(value), float(error), means, spread, 1.0, count)

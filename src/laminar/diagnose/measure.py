@@ -88,6 +88,14 @@ class Measure:
 
     def integrate(self) -> tuple[Integral | None, float, str]:
         """The best integral there is, its budget, and how it was found."""
+        if self.flow.space is not None:
+            found = integrate.on_manifold(
+                self.flow.space, self.log_density, Scale.of(self.samples), self.rng
+            )
+            if found.error > 0.05:
+                return None, 0.0, "the density is too narrow for uniform points"
+            how = f"{found.value:.4f} ± {found.error:.4f} by {found.evaluations} uniform points"
+            return found, 2e-3 + 4 * found.error, how
         if self.dim <= 3:
             found = integrate.quadrature(self.log_density, self.samples)
             tolerance = _QUADRATURE[self.dim]

@@ -15,6 +15,7 @@ from laminar._typing import Array, Condition, Shape
 from laminar.bijections.base import AbstractTransform, Invert, call
 from laminar.bijections.compose import Chain
 from laminar.density import AbstractDistribution
+from laminar.spaces import log_units, restrict
 
 
 def encode(flow: AbstractDistribution, condition: Condition, batch: Shape) -> tuple[Any, Any]:
@@ -45,6 +46,9 @@ def image(transform, direction, points, condition, signs, key) -> Image:
     """Map points and, to measure magnification, the same points moved a little along `signs`."""
     step = math.sqrt(float(jnp.finfo(points.dtype).eps))
     moved = points + (step * size(points) * signs).astype(points.dtype)
+    space = transform.in_space if direction == "forward" else transform.out_space
+    if space is not None:
+        moved = np.asarray(space.project(jnp.asarray(moved)))
     if condition is not None:
         condition = np.concatenate([condition, condition], axis=-1)
     both = np.concatenate([points, moved], axis=-1)
@@ -95,7 +99,7 @@ def _apply(transform, direction, points, condition, key):
 
 @eqx.filter_jit
 def _jacobian(step, x, condition, jacobian, key):
-    """Jacobians (m, D, D), images (*shape, m) and log-dets (m,) of a step at batch-last points."""
+    """Jacobians (m, out, in), images (*shape, m) and log-dets (m,) at batch-last points."""
 
     def one(x, condition):
         def f(flat):
@@ -162,7 +166,9 @@ def differentiate(step, x, condition, unit: float, key=None) -> Step:
     matrix, log_det = np.asarray(matrix, np.float64), np.asarray(log_det, np.float64)
     if not np.isfinite(matrix).all():
         return Step(y, log_det, np.full(log_det.shape, np.nan), np.zeros(log_det.shape))
-    exact = np.linalg.slogdet(matrix)[1]
+    flat = np.moveaxis(np.asarray(x), -1, 0).reshape((len(matrix), -1))
+    matrix = restrict(matrix, step.in_space, flat)
+    exact = np.linalg.slogdet(matrix)[1] + log_units(step.in_space, step.out_space)
     # A derivative smaller than one rounding is zero to automatic differentiation, as of a sigmoid
     # where it has reached one.
     lost = (exact == -np.inf) & (log_det < math.log(float(jnp.finfo(x.dtype).eps)))

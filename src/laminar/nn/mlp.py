@@ -324,6 +324,22 @@ class Concatenated(eqx.Module):
         return self.net(jnp.concatenate([x, shared]))
 
 
+class Periodic(eqx.Module):
+    """A network of angles that is continuous on the torus: ``net([cos x, sin x], condition)``.
+
+    Args:
+        net: A network of vectors twice as long, batch last.
+    """
+
+    net: MLP
+    batch_last: ClassVar[bool] = True
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """What the network gives for the points of the circles."""
+        x = jnp.where(jnp.isinf(x), 0, x)  # no angle, and its own map says so
+        return self.net(jnp.concatenate([jnp.cos(x), jnp.sin(x)]), condition)
+
+
 def apply_network(
     net: Callable, x: Array, condition: Array | None = None, *, ndim: int = 1, cond_ndim: int = 1
 ) -> Array:
