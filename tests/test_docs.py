@@ -129,3 +129,23 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}."
+
+
+def test_the_catalogue_is_complete_and_as_generated():
+    import laminar
+    from laminar.bijections.base import AbstractTransform
+
+    made = runpy.run_path(str(ROOT / "docs" / "_catalogue.py"))
+    assert (ROOT / "docs" / "catalogue.md").read_text() == made["page"]()
+    rows = [row for section in made["ROWS"].values() for row in section]
+    named = {name for _, names, _ in rows for name in names.split()}
+    things = {name: getattr(laminar, name) for name in laminar._HOMES}
+    transforms = {
+        name
+        for name, thing in things.items()
+        if isinstance(thing, type)
+        and issubclass(thing, AbstractTransform)
+        and not name.startswith("Abstract")
+    }
+    assert transforms <= named
+    assert {letter for _, _, found in rows for letter in found} <= set(made["LIBRARIES"])
