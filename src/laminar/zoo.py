@@ -444,7 +444,8 @@ def cnf(
         depth: Its residual blocks.
         cond_dim: Length of the condition; 0 for none.
         divergence: ``"exact"``, or ``"hutchinson"`` for many columns.
-        fixed_steps: A fixed number of steps for each field, or None for adaptive ones.
+        fixed_steps: A fixed number of steps for each field, rounded up to a multiple of `times`;
+            None for adaptive ones.
         solver: The solver's name.
         tolerance: Of adaptive steps.
         adjoint: How solutions are differentiated.

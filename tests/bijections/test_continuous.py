@@ -16,7 +16,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._registry import register
 from laminar.bijections.base import Invert, call
 from laminar.bijections.compose import Chain, repeat
-from laminar.bijections.continuous import Continuous, VelocityField
+from laminar.bijections.continuous import Continuous, VelocityField, _worst
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.path import walk
 from laminar.testing import check_bijection
@@ -153,6 +153,45 @@ def test_a_missing_value_does_not_reach_other_events():
     assert jnp.isnan(log_det[1])
     np.testing.assert_allclose(y[:, ::2], clean[:, ::2], atol=1e-5)
     np.testing.assert_allclose(log_det[::2], clean_det[::2], atol=1e-4)
+
+
+def test_a_missing_condition_does_not_reach_other_events():
+    flow = Continuous(_field(cond_dim=1), (2,), (1,), times=1)
+    x, condition = jr.normal(jr.key(1), (2, 3)), jnp.asarray([[0.0, 2.0, 1.0]])
+    solve = eqx.filter_jit(flow.inverse)
+    clean, clean_det = solve(x, condition)
+    y, log_det = solve(x, condition.at[0, 1].set(jnp.nan))
+    assert jnp.isnan(y[:, 1]).all()
+    assert jnp.isnan(log_det[1])
+    np.testing.assert_allclose(y[:, ::2], clean[:, ::2], atol=1e-5)
+    np.testing.assert_allclose(log_det[::2], clean_det[::2], atol=1e-4)
+    assert jnp.isnan(solve(x, jnp.asarray([jnp.nan]))[1]).all()
+    # Nor does one that comes up on the way, which would else make steps small without end.
+    errors = jnp.asarray([[3.0, jnp.nan, 4.0]])
+    np.testing.assert_allclose(_worst((errors, 0 * errors)), math.sqrt(8), rtol=1e-6)
+
+
+def test_a_field_is_traced_once_and_its_products_are_not_rounded():
+    calls = []
+
+    class Counted(eqx.Module):
+        field: VelocityField
+        batch_last = True
+
+        def __call__(self, t, z):
+            calls.append(0)
+            return self.field(t, z)
+
+    x = jr.normal(jr.key(1), (2, 3))
+    flow = Continuous(Counted(_field()), (2,), times=1)
+    flow.forward(x)
+    traced = len(calls)
+    flow.forward(x + 1)
+    assert len(calls) == traced
+    fixed = Continuous(_field(), (2,), times=1, fixed_steps=2)
+    products = str(jax.make_jaxpr(fixed.forward)(x)).split("dot_general[")[1:]
+    assert products
+    assert all("HIGHEST" in product[:300] for product in products)
 
 
 def test_too_few_steps_give_nan():
