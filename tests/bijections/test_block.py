@@ -10,7 +10,7 @@ from cases import randomise
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import partition
-from laminar.bijections.block import BlockAutoregressive
+from laminar.bijections.block import BlockAutoregressive, _bend
 
 
 def test_it_starts_as_the_identity():
@@ -63,6 +63,29 @@ def test_far_points_come_back():
     back, log_det_back = eqx.filter_jit(lambda f, y: f.inverse(y))(layer, y)
     np.testing.assert_allclose(back, x, rtol=1e-4)
     np.testing.assert_allclose(log_det_back, -log_det, rtol=1e-4, atol=1e-4)
+
+
+def test_out_of_reach_is_a_clamped_point_and_no_density():
+    layer = randomise(BlockAutoregressive(2, units=3, depth=1), jr.key(0))
+    y = jnp.asarray([[1e36, jnp.inf, jnp.nan, 1.0], [1.0, 1.0, 1.0, -jnp.inf]])
+    x, log_det = eqx.filter_jit(lambda f, y: f.inverse(y))(layer, y)
+    assert jnp.isfinite(x[:, [0, 1, 3]]).all()
+    np.testing.assert_array_equal(log_det, [-jnp.inf, -jnp.inf, jnp.nan, -jnp.inf])
+
+
+def test_the_log_slope_of_flat_units_keeps_its_digits():
+    u = np.linspace(-12, 12, 49)
+    for p in (1.0, 1e-3, 1e-7):
+        found = _bend(jnp.asarray(u, jnp.float32), jnp.full(u.shape, p, jnp.float32))[1]
+        np.testing.assert_allclose(found, np.log((1 - p) / np.cosh(u) ** 2 + p), atol=3e-6)
+
+
+def test_products_keep_all_digits_in_both_directions():
+    layer, x = BlockAutoregressive(2, units=2, depth=1, cond_dim=1), jnp.ones(2)
+    for method in (layer.forward, layer.inverse):
+        products = str(jax.make_jaxpr(method)(x, jnp.ones(1))).split("dot_general[")[1:]
+        assert products
+        assert all("HIGHEST" in product[:300] for product in products)
 
 
 def test_training_reaches_every_parameter_that_counts():

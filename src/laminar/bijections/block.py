@@ -1,8 +1,10 @@
 """Block neural autoregressive flow: one network that is itself the bijection."""
 
+import math
 from typing import ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -11,7 +13,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
 from laminar._typing import Array, Shape
 from laminar.bijections.base import AbstractBijection
-from laminar.bijections.numerical import monotone_root
+from laminar.bijections.numerical import clamped_root
 from laminar.nn.masked import as_order
 from laminar.nn.mlp import matmul
 
@@ -35,8 +37,9 @@ class BlockAutoregressive(AbstractBijection):
     activation slopes whose logarithm is carried from layer to layer by logsumexp.
 
     ``forward`` is one dense pass. ``inverse`` solves for one entry after the other, in D steps that
-    read every weight once, each by bisection and Newton steps on the entry's own block. Use
-    `Invert` for a flow whose density is the dense pass.
+    read every weight once, each by bisection and Newton steps on the entry's own block. It looks as
+    far as the root of the largest number, 2e19 in float32; beyond are a clamped point and a log-det
+    of −inf. Use `Invert` for a flow whose density is the dense pass.
 
     Args:
         dim: D.
@@ -117,7 +120,7 @@ class BlockAutoregressive(AbstractBijection):
                 raise ShapeError(
                     f"BlockAutoregressive needs a condition of shape {self.cond_shape}; got none."
                 )
-            offsets[0] = offsets[0] + expand(matmul(self.cond, condition), ndim)
+            offsets[0] = offsets[0] + expand(_product(self.cond, condition), ndim)
         return offsets
 
     def forward(self, x, condition=None, *, key=None):
@@ -127,7 +130,7 @@ class BlockAutoregressive(AbstractBijection):
         h, log_slope = x[jnp.argsort(self.order)], jnp.zeros_like(x)[:, None]
         for index, offset in enumerate(offsets):
             lower, blocks = self._layer(index)
-            h = matmul(lower, h) + _block_product(blocks, h) + offset
+            h = _product(lower, h) + _block_product(blocks, h) + offset
             log_slope = _log_product(blocks, log_slope)
             if index < len(self.slopes):
                 p = expand(positive(self.slopes[index]), h.ndim)
@@ -145,20 +148,27 @@ class BlockAutoregressive(AbstractBijection):
         def rows(values):
             return values.reshape((dim, -1, *values.shape[1:]))
 
-        def solve(known, row):
+        # Farther out, products with entries found before would overflow.
+        reach = math.sqrt(float(jnp.finfo(y.dtype).max))
+
+        def solve(state, row):
+            known, outside = state
             d, image, lower, blocks, offset, slopes = row
             # Units of entries not found yet are zero.
             pieces = [
-                matmul(w, h) + jnp.broadcast_to(b, (b.shape[0], *batch))
+                _product(w, h) + jnp.broadcast_to(b, (b.shape[0], *batch))
                 for w, h, b in zip(lower, known, offset, strict=True)
             ]
             column = _Column(tuple(blocks), tuple(slopes))
-            x_d = monotone_root(column, jnp.concatenate(pieces), image)
+            x_d, beyond = clamped_root(
+                column, jnp.concatenate(pieces), image, domain=(-reach, reach)
+            )
             found = [x_d[None], *column.units(pieces, x_d)[:-1]]
-            return [
+            known = [
                 lax.dynamic_update_slice_in_dim(store, new, d * new.shape[0], 0)
                 for store, new in zip(known, found, strict=True)
-            ], None
+            ]
+            return (known, outside | beyond), None
 
         inputs = (
             jnp.arange(dim),
@@ -170,9 +180,10 @@ class BlockAutoregressive(AbstractBijection):
         )
         sizes = [weight.shape[1] for weight in self.weights]
         start = [jnp.zeros((size, *batch), y.dtype) for size in sizes]
-        known, _ = lax.scan(solve, start, inputs)
+        (known, outside), _ = lax.scan(solve, (start, jnp.zeros(batch, bool)), inputs)
         x = known[0][self.order]
-        return x, -self.forward(x, condition)[1]
+        log_det = -self.forward(x, condition)[1]
+        return x, jnp.where(outside & ~jnp.isnan(log_det), -jnp.inf, log_det)
 
 
 class _Column(eqx.Module):
@@ -185,7 +196,7 @@ class _Column(eqx.Module):
         """The entry's units of every layer, the output last."""
         found, h = [], x[None]
         for index, (block, piece) in enumerate(zip(self.blocks, pieces, strict=True)):
-            h = matmul(block, h) + piece
+            h = _product(block, h) + piece
             if index < len(self.slopes):
                 h = _bend(h, expand(self.slopes[index], h.ndim))[0]
             found.append(h)
@@ -199,7 +210,15 @@ class _Column(eqx.Module):
 def _bend(u: Array, p: Array) -> tuple[Array, Array]:
     """The activation and its log-slope."""
     t = jnp.tanh(u)
-    return t + p * (u - t), jnp.log((1 - t) * (1 + t) + p * t * t)
+    # 1 − tanh² u by what keeps its digits where it is small.
+    e = jnp.exp(2 * jnp.where(u < 0, u, -u))
+    return t + p * (u - t), jnp.log(4 * e / (1 + e) ** 2 + p * t * t)
+
+
+def _product(weight: Array, h: Array) -> Array:
+    """As `matmul`, and not rounded to TF32, which forward and inverse would do differently."""
+    with jax.default_matmul_precision("highest"):
+        return matmul(weight, h)
 
 
 def _block_product(blocks: Array, h: Array) -> Array:

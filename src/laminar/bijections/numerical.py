@@ -48,12 +48,18 @@ def monotone_root(
     Raises:
         InputError: If the bracket is not an increasing finite interval within the domain.
     """
-    x, outside = _solve(f, params, y, bracket, domain)
+    x, outside = clamped_root(f, params, y, bracket, domain)
     return jnp.where(outside, jnp.nan, x)
 
 
-def _solve(f, params, y, bracket, domain):
-    """The root, and whether y is out of reach.
+def clamped_root(
+    f: Callable[[Array, Array], Array],
+    params: Array,
+    y: Array,
+    bracket: tuple[float, float] = (-1.0, 1.0),
+    domain: tuple[float, float] = (-math.inf, math.inf),
+) -> tuple[Array, Array]:
+    """As `monotone_root`, but with whether y is out of reach in place of NaN there.
 
     Out of reach the root is the end of the domain, or of the search, on that side, with derivative
     zero. It is NaN where f or y is NaN.
@@ -254,7 +260,7 @@ def invert_kernel(
         The root, and minus the kernel's log-slope there; out of reach the end of the domain (or of
         the search) and −inf.
     """
-    x, outside = _solve(_First(kernel), params, y, bracket, domain)
+    x, outside = clamped_root(_First(kernel), params, y, bracket, domain)
     centre = 0.5 * bracket[0] + 0.5 * bracket[1]
     _, log_slope = kernel(params, jnp.where(outside, centre, x))
     return x, jnp.where(outside, -jnp.inf, -log_slope)
