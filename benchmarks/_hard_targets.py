@@ -120,12 +120,50 @@ def _improper(x):
     return -0.25 * jnp.log1p(jnp.square(x[0])) - 0.5 * jnp.square(x[1] - x[0] / 4)
 
 
+# What climbs of normal laws find hard: an edge that nobody declared, and skew in many dimensions.
+
+
+def _at_edge(x):
+    near = jnp.where(x[0] > 0, math.log(0.95) - x[0], -jnp.inf)
+    return jnp.logaddexp(near, math.log(0.05) + norm.logpdf(x[0], 30.0))
+
+
+def _draw_at_edge(rng, n):
+    near = rng.random(n) < 0.95
+    return np.where(near, rng.exponential(size=n), 30 + rng.normal(size=n))[:, None]
+
+
+_CUT = 1.5
+
+
+def _cut(x):
+    inside = x[0] < 0.01 * _CUT
+    return jnp.where(inside, norm.logpdf(x, 0.0, 0.01).sum(), -jnp.inf)
+
+
+def _draw_cut(rng, n):
+    x = rng.normal(size=(4 * n, 5))
+    return 0.01 * x[x[:, 0] < _CUT][:n]
+
+
+def _skewed(x):
+    gamma = (x - jnp.exp(x)).sum()
+    return jnp.logaddexp(gamma, norm.logpdf(x, -40.0).sum()) - math.log(2)
+
+
+def _draw_skewed(rng, n):
+    first = rng.random((n, 1)) < 0.5
+    gamma = np.log(rng.exponential(size=(n, 100)))
+    return np.where(first, gamma, -40 + rng.normal(size=(n, 100)))
+
+
 def hard_targets() -> dict[str, Hard]:
     """All densities, by name."""
     even, skew = _pair(-4, 4), _pair(-4, 4, 0.8)
     beside, far = _pair(0, 8), _pair(0, 40)
     ten, thirty_two = _pair(0, 40, dim=10), _pair(0, 40, dim=32)
     spread = _pair(-4, 4, dim=32)
+    spike = _mixture([0.5, 0.5], np.zeros((2, 3)), [1e-3, 1.0])
     narrow = _mixture([1 / 3, 2 / 3], [[1.0] * 6, [-1.0] * 6], [0.1, 0.05])
     funnel = {"view": _view_funnel, "labels": ("v", *(f"x[{i}] e^(−v/2)" for i in range(1, 10)))}
     made = [
@@ -165,6 +203,38 @@ def hard_targets() -> dict[str, Hard]:
             "½ N(−4 e_0, I) + ½ N(4 e_0, I)",
         ),
         Hard(
+            "spike and slab",
+            3,
+            spike[0],
+            0.0,
+            spike[1],
+            "½ N(0, 10⁻⁶ I) + ½ N(0, I) in three dimensions",
+        ),
+        Hard(
+            "at an edge",
+            1,
+            _at_edge,
+            0.0,
+            _draw_at_edge,
+            "0.95 Exp(1) + 0.05 N(30, 1), the edge not declared",
+        ),
+        Hard(
+            "cut",
+            5,
+            _cut,
+            math.log(norm.cdf(_CUT)),
+            _draw_cut,
+            "N(0, 0.01² I) in five dimensions where x_0 < 0.015, the edge not declared",
+        ),
+        Hard(
+            "skewed in 100 dimensions",
+            100,
+            _skewed,
+            0.0,
+            _draw_skewed,
+            "½ Π ln Gamma(1) + ½ N(−40, I)",
+        ),
+        Hard(
             "funnel, too small a flow",
             10,
             _funnel,
@@ -193,6 +263,16 @@ def hard_targets() -> dict[str, Hard]:
             even[1],
             "as above, with a single flow and no mixture",
             options={"modes": 1},
+            planted=True,
+        ),
+        Hard(
+            "two modes, one lost",
+            2,
+            even[0],
+            0.0,
+            even[1],
+            "as above, with a single normal law",
+            options={"modes": 1, "flow": "normal"},
             planted=True,
         ),
         Hard(

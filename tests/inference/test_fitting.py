@@ -12,16 +12,18 @@ import pytest
 
 from laminar._errors import InputError, ShapeError
 from laminar.bijections.elementwise import Affine
+from laminar.density import AbstractDistribution
 from laminar.distributions import MultivariateNormal, Normal
 from laminar.flow import Flow
 from laminar.inference import Assessment, as_target, fit_posterior
-from laminar.inference.assessment import Gap, assess, find_gap, judge, missed, widen
-from laminar.inference.fitting import _Fitter
-from laminar.inference.walk import NO_DRIFT
+from laminar.inference.assessment import Gap, Missed, assess, find_gap, judge, missed, widen
+from laminar.inference.fitting import _Fitter, _joined
+from laminar.inference.walk import NO_DRIFT, find_drift
 from laminar.inference.warmstart import Gaussians, find_gaussians
 from laminar.objectives import linear_annealing
 from laminar.report.posterior import plot_posterior
 
+NOTHING = Missed(np.zeros(0, int))
 Y = np.array([1.2, 0.7, 2.1, 1.4, 0.3])
 
 
@@ -129,11 +131,11 @@ def test_a_lost_mode_is_never_called_good(mixed):
     assert found.ess > 3_900
     evidence = float(found.log_evidence.value)
     lost = missed(jr.key(1), one, mixed.target, mixed.places, evidence)
-    assert len(lost) == 1
+    assert len(lost.places) == 1
     verdict = judge(mixed.target, found, found, Gap(0.0, 0.0), NO_DRIFT, mixed.places, lost)
     assert verdict.grade == "do not trust"
     assert "misses" in str(verdict)
-    assert len(missed(jr.key(1), mixed.flow, mixed.target, mixed.places, 0.0)) == 0
+    assert len(missed(jr.key(1), mixed.flow, mixed.target, mixed.places, 0.0).places) == 0
 
 
 def test_too_narrow_an_approximation_is_never_called_good():
@@ -143,17 +145,20 @@ def test_too_narrow_an_approximation_is_never_called_good():
         flow = Flow(Normal((4,)), Affine(jnp.zeros(4), jnp.full(4, scale)))
         found = assess(jr.key(0), flow, target, 4_000)
         gap = find_gap(jr.key(1), flow, target, found)
-        assert judge(target, found, found, gap, NO_DRIFT, places, np.array([], int)).grade == grade
+        assert judge(target, found, found, gap, NO_DRIFT, places, NOTHING).grade == grade
         assert gap.value > 0.1 if scale < 1 else not gap.significant
     # Two fifths too narrow, which the weights of its own draws do not tell as clearly.
     found = Assessment(np.zeros((1_000, 4)), np.zeros(1_000), np.zeros(1_000))
-    assert judge(target, found, found, Gap(0.2, 0.01), NO_DRIFT, places, []).grade == "do not trust"
     assert (
-        judge(target, found, found, Gap(0.03, 0.001), NO_DRIFT, places, []).grade
+        judge(target, found, found, Gap(0.2, 0.01), NO_DRIFT, places, NOTHING).grade
+        == "do not trust"
+    )
+    assert (
+        judge(target, found, found, Gap(0.03, 0.001), NO_DRIFT, places, NOTHING).grade
         == "usable after reweighting"
     )
     assert (
-        judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, [], ["Fled."]).grade
+        judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, NOTHING, ["Fled."]).grade
         == "do not trust"
     )
 
@@ -169,7 +174,7 @@ def test_a_wider_proposal_makes_an_approximation_usable_not_good():
     assert proposal is not narrow
     assert found.k_hat < 0.5
     assert float(found.log_evidence.value) == pytest.approx(np.log(2 * np.pi), abs=0.05)
-    verdict = judge(target, own, found, Gap(0.0, 0.0), NO_DRIFT, places, [])
+    verdict = judge(target, own, found, Gap(0.0, 0.0), NO_DRIFT, places, NOTHING)
     assert verdict.grade == "usable after reweighting"
     assert "mixed with wider draws" in str(verdict)
     exact = Flow(Normal((2,)), Affine(jnp.zeros(2), jnp.ones(2)))
@@ -188,14 +193,15 @@ def test_weights_of_draws_that_fail_or_fall_outside():
     assert float(found.log_evidence.value) == pytest.approx(np.log(0.899))
     target = as_target(square, example=1)
     places = Gaussians(np.zeros((1, 1)), np.eye(1)[None], np.zeros(1))
-    verdict = judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, [])
+    verdict = judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, NOTHING)
     assert verdict.grade == "do not trust"
     assert "NaN or +∞ at 1 of 1,000" in str(verdict)
     nothing = Assessment(np.zeros((50, 1)), np.zeros(50), np.full(50, -np.inf))
     assert nothing.k_hat == np.inf
     assert nothing.ess == 0
     assert (
-        judge(target, nothing, nothing, Gap(0.0, 0.0), NO_DRIFT, places, []).grade == "do not trust"
+        judge(target, nothing, nothing, Gap(0.0, 0.0), NO_DRIFT, places, NOTHING).grade
+        == "do not trust"
     )
 
 
@@ -326,7 +332,7 @@ def test_many_dimensions_hide_no_mode():
     one = Flow(Normal((12,)), Affine(jnp.zeros(12).at[0].set(4.0), jnp.ones(12)))
     found = assess(jr.key(2), one, target, 2_000)
     evidence = float(found.log_evidence.value)
-    assert len(missed(jr.key(3), one, target, places, evidence)) == 1
+    assert len(missed(jr.key(3), one, target, places, evidence).places) == 1
 
 
 def test_a_skewed_mode_that_its_normal_law_fits_badly_is_missed_too():
@@ -343,7 +349,7 @@ def test_a_skewed_mode_that_its_normal_law_fits_badly_is_missed_too():
     one = Flow(Normal((20,)), Affine(jnp.full(20, 10.0), jnp.ones(20)))
     evidence = float(assess(jr.key(2), one, target, 2_000).log_evidence.value)
     assert places.elbos.min() < evidence - 1
-    assert len(missed(jr.key(3), one, target, places, evidence)) == 1
+    assert len(missed(jr.key(3), one, target, places, evidence).places) == 1
 
 
 def test_a_proposal_that_wastes_its_draws_is_not_called_good():
@@ -353,14 +359,14 @@ def test_a_proposal_that_wastes_its_draws_is_not_called_good():
         wide = Flow(Normal((1,)), Affine(jnp.zeros(1), jnp.full(1, scale)))
         found = assess(jr.key(0), wide, target, 4_000)
         assert found.k_hat < (0.5 if scale < 10 else np.inf)
-        assert judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, []).grade == grade
+        assert judge(target, found, found, Gap(0.0, 0.0), NO_DRIFT, places, NOTHING).grade == grade
 
 
 def test_wider_draws_that_fail_are_told():
     target = as_target(square, example=1)
     places = Gaussians(np.zeros((1, 1)), np.ones((1, 1, 1)), np.zeros(1))
     fine = assess(jr.key(0), Flow(Normal((1,)), Affine(shape=(1,))), target, 1_000)
-    verdict = judge(target, fine, fine, Gap(0.0, 0.0, 3), NO_DRIFT, places, [])
+    verdict = judge(target, fine, fine, Gap(0.0, 0.0, 3), NO_DRIFT, places, NOTHING)
     assert verdict.grade == "do not trust"
     assert "3 of 1,000 wider draws" in str(verdict)
     assert Gap(float("nan"), 0.1).significant
@@ -379,3 +385,80 @@ def test_the_first_round_is_annealed_when_asked():
     )
     assert seen
     assert np.isfinite(float(found.elbo.value))
+
+
+class Failing(AbstractDistribution):
+    """The unit normal law, whose density cannot be computed at one point of every hundred."""
+
+    normal: Normal
+    cond_shape: None = None
+
+    @property
+    def shape(self):
+        return self.normal.shape
+
+    @property
+    def exactness(self):
+        return "exact"
+
+    def _sample(self, key, batch, condition=None):
+        return self.normal._sample(key, batch, condition)
+
+    def _sample_and_log_prob(self, key, batch, condition=None):
+        return self.normal._sample_and_log_prob(key, batch, condition)
+
+    def _log_prob(self, x, condition=None, *, key=None):
+        fails = jnp.floor(jnp.abs(x[0]) * 1e4) % 100 == 7
+        return jnp.where(fails, jnp.nan, self.normal._log_prob(x, condition))
+
+
+def test_densities_that_fail_now_and_then_are_told_and_do_not_decide():
+    target = as_target(square, example=3)
+    places = find_gaussians(jr.key(0), target.log_density, target.start(jr.key(1), 8))
+    flow = Failing(Normal((3,)))
+    found = assess(jr.key(2), flow, target, 2_000)
+    evidence = float(found.log_evidence.value)
+    lost = missed(jr.key(3), flow, target, places, evidence)
+    assert len(lost.places) == 0
+    assert lost.failures > 0
+    drift = find_drift(jr.key(4), flow, target, found.z, found.log_p, found.weights, evidence)
+    assert not drift.significant
+    verdict = judge(target, found, found, Gap(0.0, 0.0), drift, places, lost)
+    assert verdict.grade == "usable after reweighting"
+    assert f"could not be computed at {lost.failures} of" in str(verdict)
+
+
+def test_large_evidences_weigh_the_parts_of_a_mixture():
+    flow = Flow(Normal((1,)), Affine(shape=(1,)))
+    mixed = _joined([flow, flow], [-1e7 - 0.3, -1e7])
+    weights = jax.nn.softmax(mixed.logits)
+    np.testing.assert_allclose(weights, [1 / (1 + np.exp(0.3)), 1 / (1 + np.exp(-0.3))], rtol=1e-5)
+
+
+def test_training_that_fails_leaves_the_normal_law_and_says_so():
+    def holes(x):
+        # Finite at the start and where a normal law is, NaN where the flow must go.
+        return jnp.where(jnp.abs(x[0]) < 2, -0.5 * (x**2).sum(), jnp.log(-1.0 + 0 * x[0]))
+
+    target = as_target(holes, example=2)
+    fitter = _Fitter(target, "planar", 12, 8, None, None, False)
+    place = Gaussians(np.zeros((1, 2)), np.eye(2)[None] * 5, np.zeros(1))
+    flow, found = fitter._fit_one(jr.key(0), place)
+    assert found.failures > 0
+    assert isinstance(flow, Flow)
+    assert "Training failed" in fitter.notes[0]
+
+
+def test_draws_without_weight_do_not_spoil_averages():
+    def cut(x):
+        return jnp.where(x[0] > -1.5, -0.5 * (x**2).sum(), -jnp.inf)
+
+    posterior = fit_posterior(jr.key(0), cut, example=2, draws=2_000, steps=6, progress=False)
+    assert (posterior.weights == 0).any()
+    assert np.isfinite(posterior.mean(lambda v: jnp.log(v[0] + 1.5)))
+    assert all(np.isfinite(row["sd"]) for row in posterior.summary())
+
+
+def test_too_few_draws_are_refused():
+    with pytest.raises(InputError, match="draws is 150; give a whole number of at least 400"):
+        fit_posterior(jr.key(0), square, example=1, draws=150)

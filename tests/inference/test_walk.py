@@ -25,7 +25,8 @@ def walked(log_density, scale, dim):
     target = as_target(log_density, example=dim)
     flow = Flow(Normal((dim,)), Affine(jnp.zeros(dim), scale, shape=(dim,)))
     found = assess(jr.key(0), flow, target, 4_000)
-    return find_drift(jr.key(1), flow, target, found.z, found.log_p, found.weights)
+    evidence = float(found.log_evidence.value)
+    return find_drift(jr.key(1), flow, target, found.z, found.log_p, found.weights, evidence)
 
 
 @pytest.mark.parametrize("dim", [1, 5, 40])

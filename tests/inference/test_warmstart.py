@@ -74,12 +74,48 @@ def test_many_dimensions_need_no_matrix():
     np.testing.assert_allclose(law.means[0], 1, atol=1e-2)
 
 
+def test_a_narrow_mode_does_not_hide_a_wide_one_around_it():
+    def spike_and_slab(x):
+        def law(scale):
+            return -0.5 * jnp.square(x / scale).sum() - 3 * jnp.log(jnp.asarray(scale, x.dtype))
+
+        return jnp.logaddexp(law(1e-3), law(1.0))
+
+    law = found(spike_and_slab, spread_starts(3).astype(np.float32))
+    widths = np.abs(np.linalg.det(law.factors)) ** (1 / 3)
+    assert widths.min() < 2e-3
+    assert widths.max() > 0.5
+
+
+def test_a_climb_that_ends_at_an_edge_leaves_a_law():
+    def mixture(x):
+        at_edge = jnp.where(x[0] > 0, jnp.log(0.95) - x[0], -jnp.inf)
+        away = jnp.log(0.05) - 0.5 * (x[0] - 30) ** 2 - 0.5 * jnp.log(2 * jnp.pi)
+        return jnp.logaddexp(at_edge, away)
+
+    starts = np.asarray([[1.5], [0.4], [25.0], [35.0]], np.float32)
+    law = found(mixture, starts)
+    assert law.climbs == 4
+    assert law.lawless == 0
+    assert (law.means[:, 0] < 1).any()
+    assert (law.means[:, 0] > 25).any()
+
+
+def test_a_law_cut_by_an_edge_keeps_its_bound():
+    def cut(x):
+        return jnp.where(x[0] < 0.015, -0.5 * jnp.square(x / 0.01).sum(), -jnp.inf)
+
+    law = found(cut, spread_starts(5).astype(np.float32))
+    truth = 5 * np.log(0.01 * np.sqrt(2 * np.pi)) + np.log(0.9332)
+    assert law.elbos[0] == pytest.approx(truth, abs=0.2)
+
+
 @pytest.mark.slow
 def test_the_fewest_steps_reach_every_stage():
     def log_density(x):
         return -0.5 * jnp.square(x[0]) - 0.5 * jnp.square(10 * (x[1] - jnp.square(x[0])))
 
     posterior = fit_posterior(
-        jr.key(0), log_density, example=2, flow="normal", steps=6, draws=200, progress=False
+        jr.key(0), log_density, example=2, flow="normal", steps=6, draws=400, progress=False
     )
     assert posterior.verdict.grade == "do not trust"

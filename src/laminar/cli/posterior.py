@@ -56,7 +56,7 @@ def posterior(
     ] = "auto",
     steps: Annotated[int, typer.Option("--steps", help="Most steps of training.")] = 3_000,
     draws: Annotated[int, typer.Option("--draws", help="Draws for the verdict.")] = 10_000,
-    starts: Annotated[int, typer.Option("--starts", help="Climbs from dispersed points.")] = 8,
+    starts: Annotated[int, typer.Option("--starts", help="Climbs from dispersed points.")] = 16,
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", help="Seconds after which no stage begins.")
     ] = None,
@@ -71,7 +71,7 @@ def posterior(
     """
     check_seed(seed)
     at_least("--steps", steps, 6)
-    at_least("--draws", draws, 100)
+    at_least("--draws", draws, 400)
     at_least("--starts", starts, 1)
     positive("--time-limit", time_limit)
     file, name = _split(model)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -23,7 +23,7 @@ from laminar.density import AbstractDistribution, Estimate
 from laminar.flow import Flow
 from laminar.inference.arviz import psis
 from laminar.inference.evaluate import approximate_log_prob, log_densities
-from laminar.inference.target import Target
+from laminar.inference.target import Target, in_words
 from laminar.inference.walk import Drift
 from laminar.inference.warmstart import Gaussians, generator
 from laminar.mixtures import Mixture
@@ -40,7 +40,9 @@ USABLE_GAP = 0.05
 _TOLERATED_GAP = 0.01
 _CHUNK = 2_000
 _LEAST_MASS = math.log(0.005)
-_MISSED = 3.0
+_MISSED, _MOST_LACKING = 3.0, 50.0
+_TELLING = 10.0
+"""Effective draws at a place below which they do not tell its mass."""
 _GRADES: tuple[Grade, ...] = ("good", "usable after reweighting", "do not trust")
 _ADVICE = {
     "good": "The flow's own draws can be used as they are.",
@@ -48,8 +50,7 @@ _ADVICE = {
     "do not trust": "Reparametrise (as non-centred), allow more steps, or run NUTS, if need be in "
     "the flow's latent space.",
 }
-_PROBES = 256
-_FAR = 1e6
+_PROBES = 512
 _LEAST_EFFECTIVE = 200
 _SAME_MEAN, _SAME_SPREAD = 0.1, 0.1
 
@@ -245,21 +246,30 @@ def _draw(approximation, key, size: int) -> tuple[Array, Array]:
     return z.T, log_q
 
 
+class Missed(NamedTuple):
+    """What an approximation lacks at the places that optimisation has found.
+
+    Attributes:
+        places: The numbers of the laws that are missed, from the highest bound to the lowest.
+        failures: Draws of the laws at which the approximation's log density is NaN.
+    """
+
+    places: np.ndarray
+    failures: int = 0
+
+
 def missed(
     key: PRNGKeyArray,
     approximation: AbstractDistribution,
     target: Target,
     places: Gaussians,
     log_evidence: float,
-) -> np.ndarray:
+) -> Missed:
     """Which of the normal laws found by optimisation hold mass that the approximation lacks.
 
-    A law g_j is missed where by its own bound, or by importance sampling from it, there is more
-    than a two-hundredth of the mass, and there ln p̃ − ln q is on average more than 3 above the
-    log evidence.
-
-    Returns:
-        The numbers of such laws, from the highest bound to the lowest.
+    A law g_j is missed where by importance sampling from it there is more than a two-hundredth of
+    the mass, or so few of its draws count that the mass cannot be told, and there ln p̃ − ln q is on
+    average more than 3 above the log evidence.
     """
     noise = generator(key).standard_normal((_PROBES, target.dim))
     draws = places.draw(noise)
@@ -270,16 +280,19 @@ def missed(
     # The mass at a place by its own draws; the bound alone is too low where it is not normal.
     ratios = log_p - places.log_prob(noise)
     found = np.logaddexp.reduce(ratios, 1)
-    mass = np.maximum(places.elbos, found - math.log(_PROBES))
+    mass = found - math.log(_PROBES)
+    failed = np.isnan(log_q)
+    if not np.isfinite(log_evidence):
+        return Missed(np.flatnonzero(np.isfinite(mass)), int(failed.sum()))
     with np.errstate(invalid="ignore"):
-        # No density at all, or NaN, is as little as there can be.
-        lacking = np.where(np.isnan(log_q) | (log_q == -np.inf), _FAR, log_p - log_q)
         # Over the mass, not over the law's draws: a poor law has draws where there is nothing.
         shares = np.exp(ratios - found[:, None])
-        excess = np.where(shares > 0, shares * lacking, 0).sum(1) - log_evidence
-        if not np.isfinite(log_evidence):
-            return np.flatnonzero(np.isfinite(mass))
-        return np.flatnonzero((mass - log_evidence > _LEAST_MASS) & (excess > _MISSED))
+        unsure = 1 / np.square(shares).sum(1) < _TELLING
+        # No density at all is as little as there can be, but must not decide by a single draw.
+        lacking = np.minimum(log_p - log_q - log_evidence, _MOST_LACKING)
+        excess = np.where((shares > 0) & ~failed, shares * lacking, 0).sum(1)
+        held = (mass - log_evidence > _LEAST_MASS) | (unsure & np.isfinite(mass))
+        return Missed(np.flatnonzero(held & (excess > _MISSED)), int(failed.sum()))
 
 
 def judge(
@@ -289,7 +302,7 @@ def judge(
     gap: Gap,
     drift: Drift | None,
     places: Gaussians,
-    lost: np.ndarray,
+    lost: Missed,
     notes: Sequence[str] = (),
 ) -> Verdict:
     """The verdict on an approximation.
@@ -301,12 +314,17 @@ def judge(
         gap: What wider draws find beyond them.
         drift: Where chains of the target went from them; None if none have walked.
         places: The laws found by optimisation.
-        lost: The numbers of those that were missed.
+        lost: Those that were missed.
         notes: Sentences about trouble on the way; each forbids trust.
     """
     n = len(found.log_q)
     findings: list[tuple[Grade, str]] = [*_of_weights(own, found), *_of_draws(own, found)]
-    for words, failures in (("draws", found.failures), ("wider draws", gap.failures)):
+    own_failures = 0 if found is own else own.failures
+    for words, failures in (
+        ("draws", found.failures),
+        ("of the flow's own draws", own_failures),
+        ("wider draws", gap.failures),
+    ):
         if failures:
             said = f"The log density is NaN or +∞ at {failures:,} of {n:,} {words}."
             findings.append(("do not trust", said))
@@ -325,16 +343,31 @@ def judge(
             "probability where they are not."
         )
         findings.append(("do not trust", said))
-    for j in lost:
+    if drift is not None and drift.stuck:
+        said = f"Chains took {drift.taken:.1%} of their steps, so that they say nothing."
+        findings.append(("good", said))
+    if lost.failures:
         said = (
-            f"Optimisation found probability near {_place(target, places.means[j])} that the "
+            f"The flow's density could not be computed at {lost.failures:,} of "
+            f"{_PROBES * len(places.means):,} points found by optimisation."
+        )
+        findings.append(("usable after reweighting", said))
+    if places.lawless:
+        said = (
+            f"{places.lawless} of {places.climbs} climbs ended where no normal law holds, as at an "
+            "edge that was not declared: what is there is not compared."
+        )
+        findings.append(("usable after reweighting", said))
+    for j in lost.places:
+        said = (
+            f"Optimisation found probability near {in_words(target, places.means[j], 3)} that the "
             "approximation misses."
         )
         findings.append(("do not trust", said))
     findings.extend(("do not trust", note) for note in notes)
     grade = _GRADES[max(_GRADES.index(grade) for grade, _ in findings)]
     reasons = [said for _, said in findings]
-    return Verdict(grade, (*reasons, _ADVICE[grade]), _caveat(len(places.means)))
+    return Verdict(grade, (*reasons, _ADVICE[grade]), _caveat(places))
 
 
 def _of_weights(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
@@ -342,13 +375,13 @@ def _of_weights(own: Assessment, found: Assessment) -> list[tuple[Grade, str]]:
     k_hat = found.k_hat
     # Few draws cannot tell as much (Vehtari et al. 2024).
     usable = min(USABLE, 1 - 1 / math.log10(len(found.log_q)))
-    if k_hat >= usable:
+    if not k_hat < usable:
         said = (
             f"The tail of the importance weights is too heavy (k̂ = {k_hat:.2f}, at least "
             f"{usable:.2f}): single draws decide every average."
         )
         return [("do not trust", said)]
-    if k_hat >= GOOD:
+    if not k_hat < GOOD:
         said = (
             f"The weights have a finite variance or nearly so (k̂ = {k_hat:.2f}, between {GOOD} and "
             f"{usable:.2f})."
@@ -389,32 +422,28 @@ def _shift(own: Assessment, found: Assessment) -> tuple[float, float]:
     """
     if not found.weights.sum() > 0:
         return math.inf, math.inf
-    z = found.z.astype(np.float64)
-    mean = found.weights @ z
-    spread = np.sqrt(found.weights @ np.square(z - mean[None]))
+    # A draw without weight may be infinite, of which zero times is NaN.
+    alive = found.weights > 0
+    z, weights = found.z[alive].astype(np.float64), found.weights[alive]
+    mean = weights @ z
+    spread = np.sqrt(weights @ np.square(z - mean[None]))
     raw = own.z.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         apart = np.abs(raw.mean(0) - mean) / spread
         ratios = raw.std(0) / spread
-    return float(np.nanmax(apart, initial=0)), float(ratios[np.argmax(np.abs(np.log(ratios)))])
+        logs = np.abs(np.log(ratios))
+    apart, logs = (np.where(np.isnan(x), np.inf, x) for x in (apart, logs))
+    return float(apart.max(initial=0)), float(ratios[np.argmax(logs)])
 
 
-def _caveat(distinct: int) -> str:
-    places = "place" if distinct == 1 else "different places"
+def _caveat(places: Gaussians) -> str:
+    distinct, climbs = len(places.means), places.climbs
+    ends = "one normal law" if distinct == 1 else f"{distinct} different normal laws"
     return (
         "Weights see only where the approximation has draws: a mode that neither it nor the "
-        f"optimisation (which ended in {distinct} {places}) reached stays unseen. Compare another "
-        "key, more starts, and data simulated from the posterior."
+        f"optimisation ({climbs} {'climb' if climbs == 1 else 'climbs'} to {ends}) reached stays "
+        "unseen. Compare another key, more starts, and data simulated from the posterior."
     )
-
-
-def _place(target: Target, z: np.ndarray) -> str:
-    values = target.named(target.constrain(jnp.asarray(z, target.dtype)))
-    words = []
-    for name, value in values.items():
-        shown = np.array2string(np.asarray(value), precision=3, threshold=4, edgeitems=2)
-        words.append(f"{name} = {shown}")
-    return ", ".join(words[:3]) + (" …" if len(words) > 3 else "")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from laminar import zoo
-from laminar._errors import InputError, ShapeError
+from laminar._errors import InputError, ShapeError, TrainingError
 from laminar._params import Frozen, positive_inverse
 from laminar._typing import Array, PRNGKeyArray, PyTree
 from laminar.bijections.base import AbstractBijection
@@ -63,6 +63,8 @@ _REFINING = (1 / 12, 1 / 4)
 _RATE, _REFINING_RATE = 5e-3, 1e-3
 _MOST_COUPLED = 64
 _FARTHER = (4.0, 16.0, 64.0)
+LEAST_DRAWS = 400
+"""Fewer draws than twice what a verdict must be able to count tell nothing."""
 
 
 def fit_posterior(
@@ -114,14 +116,13 @@ def fit_posterior(
             ``laminar.linear_annealing(over=250)`` (the paper's eq. 20); rounds after it have β = 1.
             The first round is a sixth of `steps`.
         time_limit: Seconds after which no further training begins; what has begun is finished,
-            and judged.
+            and judged. Climbs and the judgement itself are not counted.
         progress: Show progress on standard error; None shows it on a terminal only.
         **kwargs: Keyword arguments of the model or log density. One that is named like an option
             here can be given by making the target first.
 
     Raises:
         InputError: If the target or an option cannot be used; see `Target.check`.
-        TrainingError: If the log density becomes NaN again and again in training.
     """
     begun = time.monotonic()
     _check_key(key)
@@ -130,7 +131,7 @@ def fit_posterior(
         ("samples", samples, 2),
         ("starts", starts, 1),
         ("modes", modes, 1),
-        ("draws", draws, 100),
+        ("draws", draws, LEAST_DRAWS),
     ):
         check_count(name, value, least)
     if anneal is not None and not callable(anneal):
@@ -155,7 +156,8 @@ def fit_posterior(
     lost = missed(miss_key, approximation, made, places, float(found.log_evidence.value))
     verdict = judge(made, own, found, gap, None, places, lost, fitter.notes)
     if verdict.grade != "do not trust":
-        drift = find_drift(walk_key, approximation, made, found.z, found.log_p, found.weights)
+        seen = found.z, found.log_p, found.weights, float(found.log_evidence.value)
+        drift = find_drift(walk_key, approximation, made, *seen)
         verdict = judge(made, own, found, gap, drift, places, lost, fitter.notes)
     return Posterior(
         target=made,
@@ -165,7 +167,7 @@ def fit_posterior(
         assessment=found,
         verdict=verdict,
         places=places,
-        remarks=odd,
+        remarks=(*odd, *fitter.remarks),
         seconds=time.monotonic() - begun,
     )
 
@@ -198,6 +200,7 @@ class _Fitter:
     limit: float | None
     progress: bool | None
     notes: list[str] = dataclasses.field(default_factory=list)
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     def run(self, key: PRNGKeyArray, places: Gaussians, modes: int) -> AbstractDistribution:
         """One flow, or a mixture of one for each mode that would be missed."""
@@ -211,7 +214,7 @@ class _Fitter:
             evidences.append(float(found.log_evidence.value))
             total = float(np.logaddexp.reduce(evidences))
             lost = missed(look_key, _joined(parts, evidences), self.target, places, total)
-            left = [int(at) for at in lost if at not in tried]
+            left = [int(at) for at in lost.places if at not in tried]
         return self._cast(_joined(parts, evidences))
 
     def defend(
@@ -235,7 +238,7 @@ class _Fitter:
         """The flow that begins at one normal law, as far as it has to be trained."""
         build_key, look_key, last_key, *round_keys = _children(key, len(_ROUNDS) + 3)
         first = self._look(look_key, self._cast(_over(None, place)))
-        if self.flow == "auto" and first.suffices:
+        if self._late() or (self.flow == "auto" and first.suffices):
             return first.flow, first.found
         flow = self._cast(_over(self.build(build_key, place.means.shape[1]), place))
         objective = reverse_kl(self.target.log_density, self.samples, anneal=self.anneal)
@@ -243,10 +246,16 @@ class _Fitter:
         for part, round_key in zip(_ROUNDS, round_keys, strict=True):
             if trail and self.anneal is not None:
                 objective = reverse_kl(self.target.log_density, self.samples)
-            flow = self._train(round_key, flow, objective, max(1, round(self.steps * part)), _RATE)
+            count = max(1, round(self.steps * part))
+            trained = self._train(round_key, flow, objective, count, _RATE)
+            if trained is None:
+                break
+            flow = trained
             trail.append(self._look(look_key, flow))
             if trail[-1].suffices or trail[-1].close or self._late():
                 break
+        if not trail:
+            return first.flow, first.found
         self._look_for_flight([seen.found for seen in trail])
         best = trail[-1]
         if best.suffices or self._late():
@@ -261,10 +270,12 @@ class _Fitter:
         for part, round_key in zip(_REFINING, _children(last_key, len(_REFINING)), strict=True):
             count = max(1, round(self.steps * part))
             again = self._train(round_key, refined.flow, objective, count, _REFINING_RATE)
+            if again is None:
+                break
             refined = self._look(look_key, again)
             if refined.suffices or self._late():
                 break
-        if refined.rank < wide.rank:
+        if refined is wide or refined.rank < wide.rank:
             return best.flow, wide.found
         return Flow(best.flow.base, refined.flow.bijection), refined.found
 
@@ -272,20 +283,32 @@ class _Fitter:
         own, wide = _children(key, 2)
         return _Look(flow, assess(own, flow, self.target, _TRIAL), self.target, wide)
 
-    def _train(self, key: PRNGKeyArray, flow: Flow, objective, steps: int, rate: float) -> Flow:
-        fitted, _ = fit(
-            key,
-            flow,
-            objective=objective,
-            steps=steps,
-            learning_rate=rate,
-            weight_decay=0.0,
-            patience=None,
-            validation=None,
-            # What whitens stays, so that steps of training are of the posterior's own scale.
-            freeze=_whitening,
-            progress=self.progress,
-        )
+    def _train(
+        self, key: PRNGKeyArray, flow: Flow, objective, steps: int, rate: float
+    ) -> Flow | None:
+        """The flow after a round; None, and a note, where training stays non-finite."""
+        try:
+            fitted, history = fit(
+                key,
+                flow,
+                objective=objective,
+                steps=steps,
+                learning_rate=rate,
+                weight_decay=0.0,
+                patience=None,
+                validation=None,
+                # What whitens stays, so that steps of training are of the posterior's own scale.
+                freeze=_whitening,
+                progress=self.progress,
+            )
+        except TrainingError as error:
+            self.notes.append(f"Training failed, and what was there before is given: {error}")
+            return None
+        if history.rollbacks:
+            self.remarks.append(
+                f"{history.rollbacks} of {steps:,} steps of training were not finite and were "
+                "taken back."
+            )
         return fitted
 
     def build(self, key: PRNGKeyArray, dim: int) -> Flow:
@@ -334,7 +357,11 @@ class _Fitter:
 
 def _joined(parts: list[Flow], log_masses: list[float]) -> AbstractDistribution:
     """One flow, or the mixture of several by the mass that each holds."""
-    return parts[0] if len(parts) == 1 else Mixture(parts, jnp.asarray(log_masses))
+    if len(parts) == 1:
+        return parts[0]
+    # In double precision: single does not tell large evidences apart.
+    logits = np.asarray(log_masses, np.float64)
+    return Mixture(parts, jnp.asarray(logits - logits.max()))
 
 
 def _whitening(flow: Any) -> Any:

@@ -60,9 +60,6 @@ class Model(Way):
         """The log joint density of one vector, log-Jacobian included."""
         util = load_numpyro().infer.util
         with permissive():
-            if self.moving:
-                energy = util.potential_energy(self._seeded(), self.args, self.kwargs, self._raw(z))
-                return -jnp.asarray(energy).astype(z.dtype)
             joint, _ = util.log_density(self._seeded(), self.args, self.kwargs, self.constrain(z))
         return jnp.asarray(joint).astype(z.dtype) + self.log_jacobian(z)
 

@@ -137,10 +137,12 @@ class Posterior:
         """
         draws = self.draws if function is None else jax.vmap(function)(self.draws)
         weights = self._weights_or_equal()
+        # What has no weight may be infinite, of which zero times is NaN.
+        alive = weights > 0
 
         def mean(x):
-            x = np.asarray(x)
-            return np.tensordot(weights, x.astype(np.result_type(x, np.float64)), 1)
+            x = np.asarray(x)[alive]
+            return np.tensordot(weights[alive], x.astype(np.result_type(x, np.float64)), 1)
 
         return jtu.tree_map(mean, draws)
 
@@ -160,6 +162,8 @@ class Posterior:
         columns = self.columns(weighted)
         count = len(columns)
         weights = self._weights_or_equal() if weighted else np.full(count, 1 / count)
+        alive = weights > 0
+        columns, weights, count = columns[alive], weights[alive], int(alive.sum())
         rows = []
         for name, column in zip(self.target.names, columns.T, strict=True):
             mean = float(weights @ column)

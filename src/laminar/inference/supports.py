@@ -149,6 +149,8 @@ def log_det(transform: Any, raw: Array, value: Array) -> Array:
     differences and is NaN from about |raw| = 5 on in float32.
     """
     transforms = load_numpyro().distributions.transforms
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
     parts = getattr(transform, "parts", [transform])
     if isinstance(parts[0], transforms.CorrCholeskyTransform) and len(parts) <= 2:
         return _correlation_log_det(raw, value.shape[-1], whole=len(parts) == 2)

@@ -365,7 +365,7 @@ def _judge(target: Target, z, values, gradients) -> tuple[str, ...]:
         if bad.any():
             said = (
                 f"The log density is {what} at {bad.sum()} of {n} starting points"
-                f"{_culprits(target, z[bad][0])}, as at {_where(target, z[bad][0])}."
+                f"{_culprits(target, z[bad][0])}, as at {in_words(target, z[bad][0])}."
             )
             if bad.mean() > _TOLERATED:
                 raise InputError(said)
@@ -374,7 +374,7 @@ def _judge(target: Target, z, values, gradients) -> tuple[str, ...]:
     if not alive.any():
         raise InputError(
             f"The log density is −∞ at all {n} starting points{_culprits(target, z[0])}, as at "
-            f"{_where(target, z[0])}: declare where the parameters live."
+            f"{in_words(target, z[0])}: declare where the parameters live."
         )
     broken = ~np.isfinite(gradients) & alive[:, None]
     if broken.any(1).mean() > _TOLERATED:
@@ -382,7 +382,7 @@ def _judge(target: Target, z, values, gradients) -> tuple[str, ...]:
         raise InputError(
             f"The log density is finite but its gradient is not at {broken.any(1).sum()} of {n} "
             f"starting points, in {_list(_parameters(target, broken.any(0)))}, as at "
-            f"{_where(target, z[row])}: look for a square root, logarithm or norm at zero."
+            f"{in_words(target, z[row])}: look for a square root, logarithm or norm at zero."
         )
     flat = (gradients[alive] == 0).all(0)
     if flat.any():
@@ -420,13 +420,14 @@ def _culprits(target: Target, z) -> str:
     return f" because of {_list(found)}" if found else ""
 
 
-def _where(target: Target, z) -> str:
-    values = target.named(target.constrain(jnp.asarray(z)))
+def in_words(target: Target, z, most: int = 4) -> str:
+    """A vector as the user's values, for a message."""
+    values = target.named(target.constrain(jnp.asarray(z, target.dtype)))
     words = [
         f"{name} = {np.array2string(np.asarray(x), precision=3, threshold=4, edgeitems=2)}"
         for name, x in values.items()
     ]
-    return _list(words, 4)
+    return _list(words, most)
 
 
 def _list(words: list[str], most: int = 5) -> str:

@@ -14,14 +14,14 @@ from laminar._typing import PRNGKeyArray
 from laminar.density import AbstractDistribution
 from laminar.inference.evaluate import approximate_log_prob, log_densities
 from laminar.inference.target import Target
-from laminar.inference.warmstart import generator
+from laminar.inference.warmstart import MOST_DENSE, generator
 
 _CHAINS, _STEPS = 1_024, 32
 _BEST = 2.38
 """Steps of this over √D deviations mix fastest (Roberts, Gelman & Gilks 1997)."""
 _GAIN, _SPREAD = 0.1, 0.1
-_MOST_GAIN = 50.0
-_MOST_DENSE = 400
+_MOST_LACKING = 50.0
+_FEWEST_TAKEN = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +33,25 @@ class Drift:
         gain_error: Its standard error.
         spread: The largest ratio of a coordinate's deviation at the end to that at the start.
         spread_error: Its standard error.
+        taken: The share of steps that were taken.
     """
 
     gain: float
     gain_error: float
     spread: float
     spread_error: float
+    taken: float = 1.0
 
     @property
     def significant(self) -> bool:
         """Whether they left, by more than chance."""
         gained = self.gain > _GAIN + 4 * self.gain_error
         return gained or self.spread - 1 > _SPREAD + 4 * self.spread_error
+
+    @property
+    def stuck(self) -> bool:
+        """Whether chains hardly moved, and so say nothing."""
+        return self.taken < _FEWEST_TAKEN
 
 
 NO_DRIFT = Drift(0.0, 0.0, 1.0, 0.0)
@@ -57,6 +64,7 @@ def find_drift(
     z: np.ndarray,
     log_p: np.ndarray,
     weights: np.ndarray,
+    log_evidence: float,
 ) -> Drift:
     """Walk from weighted draws, and compare where the walks end with where they began.
 
@@ -67,6 +75,7 @@ def find_drift(
         z: Draws, ``(N, D)``.
         log_p: The target's log density there, ``(N,)``.
         weights: Normalised weights, ``(N,)``.
+        log_evidence: An estimate of ln ∫ p̃.
     """
     alive = weights > 0
     z, log_p, weights = z[alive].astype(np.float64), log_p[alive], weights[alive]
@@ -77,7 +86,7 @@ def find_drift(
     start, height = z[chosen], log_p[chosen]
     factor = _factor(z, weights)
     dim = z.shape[1]
-    end = start.copy()
+    end, moves = start.copy(), 0
     for _ in range(_STEPS):
         steps = noise.standard_normal((_CHAINS, dim))
         steps *= _BEST / math.sqrt(dim) * noise.choice([0.25, 1.0], (_CHAINS, 1))
@@ -86,11 +95,15 @@ def find_drift(
         # Comparisons with NaN are false, so a failure of the density is never walked into.
         taken = np.log(noise.random(_CHAINS)) < new_height - height
         end[taken], height[taken] = new[taken], new_height[taken]
-    begun, ended = (approximate_log_prob(approximation, at) for at in (start, end))
-    with np.errstate(invalid="ignore"):
-        change = (height - ended) - (log_p[chosen] - begun)
-    # Where q has no density, or its inverse fails, there is as little of it as there can be.
-    change = np.minimum(np.where(np.isfinite(change), change, _MOST_GAIN), _MOST_GAIN)
+        moves += int(taken.sum())
+
+    def lacking(at: np.ndarray, log_p: np.ndarray) -> np.ndarray:
+        # Bounded, and the same function at both ends: its mean rises only where chains have gone.
+        # Where q has no density, or its inverse fails, there is as little of it as there can be.
+        ratio = log_p - approximate_log_prob(approximation, at) - log_evidence
+        return np.minimum(np.where(np.isnan(ratio), np.inf, ratio), _MOST_LACKING)
+
+    change = lacking(end, height) - lacking(start, log_p[chosen])
     wide, width = end.std(0), start.std(0)
     ratios = np.where(width > 0, wide / np.where(width > 0, width, 1), 1)
     worst = int(np.argmax(ratios))
@@ -101,6 +114,7 @@ def find_drift(
         float(ratios[worst]),
         # Of the end beside the start, as if they were independent.
         float(np.sqrt(2 * max((u**4).mean() - 1, 0) / (4 * _CHAINS)) * ratios[worst]),
+        moves / (_CHAINS * _STEPS),
     )
 
 
@@ -108,7 +122,7 @@ def _factor(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """A factor of the weighted covariance, or the deviations where it is not definite."""
     weights = weights / weights.sum()
     centred = z - weights @ z
-    if z.shape[1] <= _MOST_DENSE:
+    if z.shape[1] <= MOST_DENSE:
         try:
             return np.linalg.cholesky((centred * weights[:, None]).T @ centred)
         except np.linalg.LinAlgError:

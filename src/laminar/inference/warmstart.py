@@ -27,6 +27,9 @@ from laminar.inference.evaluate import (
     slopes,
 )
 
+MOST_DENSE = 400
+"""Dimensions up to which covariances are whole matrices."""
+
 _STEPS, _TRIES = 200, 300
 _MEMORY = 10
 _MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -34,12 +37,13 @@ _MARKS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 _MARKS_OF_MANY = (0.2, 1.0)
 _POLISHING = 12
 _DRAWS = 64
-_MOST_DENSE, _MOST_MARKED = 400, 100
+_MOST_MARKED = 100
 _WIDEST = 1e6
-_APART = 3.0
+_APART, _SCALED = 3.0, 5.0
 _HUGE, _TINY = 1e100, 1e-200
-_NEGLIGIBLE = 20.0
-"""Nats below the best law at which another holds nothing, even if its mass is underestimated."""
+_NEGLIGIBLE, _CONSIDERABLE = 20.0, 5.0
+"""Nats below the best law at which another holds nothing, even if its mass is underestimated; and
+at which a further law of the same climb surely holds something."""
 
 
 class Gaussians(NamedTuple):
@@ -50,11 +54,15 @@ class Gaussians(NamedTuple):
         factors: Lower triangular factors of the covariances, ``(S, D, D)``; only their diagonals,
             ``(S, D)``, above 400 dimensions.
         elbos: Bounds on the log evidence, ``(S,)``.
+        climbs: How many climbs began where there is a density.
+        lawless: How many of them ended where no normal law has a bound.
     """
 
     means: np.ndarray
     factors: np.ndarray
     elbos: np.ndarray
+    climbs: int = 1
+    lawless: int = 0
 
     @property
     def dense(self) -> bool:
@@ -63,7 +71,8 @@ class Gaussians(NamedTuple):
 
     def one(self, index: int) -> "Gaussians":
         """The law of one start."""
-        return Gaussians(*(part[index : index + 1] for part in self))
+        at = slice(index, index + 1)
+        return self._replace(means=self.means[at], factors=self.factors[at], elbos=self.elbos[at])
 
     def draw(self, noise: np.ndarray) -> np.ndarray:
         """Draws ``(S, N, D)`` from standard normal noise ``(N, D)``."""
@@ -79,7 +88,10 @@ class Gaussians(NamedTuple):
 
 
 def find_gaussians(key: PRNGKeyArray, log_density: LogDensity, starts: Any) -> Gaussians:
-    """The best normal law along the climb from each start, best first, near-equal ones left out.
+    """The best normal laws along the climbs from all starts, best first, near-equal ones left out.
+
+    Of each climb the best one, and all others that hold a considerable part of the mass: a narrow
+    mode may stand in the middle of a wide one.
 
     Args:
         key: Draws the noise under which all candidates are compared.
@@ -97,21 +109,25 @@ def find_gaussians(key: PRNGKeyArray, log_density: LogDensity, starts: Any) -> G
     owners, points = _points(hill, starts)
     means, spreads = _candidates(hill, points, noise)
     elbos, masses = _bounds(hill, means, spreads, _even_noise(noise, dim))
-    best = [
-        max(np.flatnonzero(owners == owner), key=lambda i: elbos[i].max())
-        for owner in np.unique(owners)
-    ]
-    best = [i for i in best if np.isfinite(elbos[i].max())]
+    heights = hill(points)[0]
+    climbed = np.unique(owners[np.isfinite(heights)])
+    which = np.argmax(elbos, 1)
+    rows = np.arange(len(points))
+    elbo, mass = elbos[rows, which], masses[rows, which]
+    best = [max(np.flatnonzero(owners == owner), key=lambda i: elbo[i]) for owner in climbed]
+    best = [i for i in best if np.isfinite(elbo[i])]
     if not best:
-        # As at an edge that was not declared, where curvature tells nothing.
-        top = points[np.argmin(hill(points)[0])][None]
-        unit = np.eye(dim)[None] if spreads.ndim == 3 else np.ones((1, dim))
-        return Gaussians(top, unit, np.full(1, -np.inf))
-    which = np.argmax(elbos[best], 1)
-    spread = _triangular(spreads[best]) if spreads.ndim == 3 else spreads[best]
-    found = Gaussians(means[best, which], spread, elbos[best, which])
-    held = np.maximum(elbos, masses)[best, which]
-    return _distinct(found, held > held.max() - _NEGLIGIBLE)
+        top = points[np.argmin(heights)][None]
+        unit = np.eye(dim)[None] if dim <= MOST_DENSE else np.ones((1, dim))
+        return Gaussians(top, unit, np.full(1, -np.inf), len(climbed), len(climbed))
+    lawless = len(climbed) - len(best)
+    more = np.flatnonzero(elbo > elbo[best].max() - _CONSIDERABLE)
+    best = np.unique([*best, *more])
+    which = which[best]
+    spread = spreads[best, which]
+    factors = _triangular(spread) if dim <= MOST_DENSE else spread
+    found = Gaussians(means[best, which], factors, elbo[best], len(climbed), lawless)
+    return _distinct(found, mass[best] > mass[best].max() - _NEGLIGIBLE)
 
 
 def generator(key: PRNGKeyArray) -> np.random.Generator:
@@ -198,7 +214,7 @@ class _Memory:
 def _points(hill: _Hill, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points at which normal laws are made, ``(N, D)``, and the numbers of their climbs."""
     trails = _climb(hill, starts)
-    dense, marks = starts.shape[1] <= _MOST_DENSE, _MARKS
+    dense, marks = starts.shape[1] <= MOST_DENSE, _MARKS
     if dense and starts.shape[1] > _MOST_MARKED:
         marks = _MARKS_OF_MANY
     marked = [_marked(trail, marks) for trail in trails]
@@ -289,20 +305,29 @@ def _candidates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normal laws with the curvature at points ``(N, D)``, centred there and a Newton step on.
 
+    Those that stay are no wider than the length over which the slope changes the density by a
+    factor e: at an edge, where a climb ends on a slope, curvature alone tells nothing.
+
     Returns:
-        Means ``(N, 2, D)``, and what takes standard normal noise to the spread of both: matrices
-        ``(N, D, D)``, or deviations ``(N, D)`` in many dimensions.
+        Means ``(N, 2, D)``, and what takes standard normal noise to the spread of each: matrices
+        ``(N, 2, D, D)``, or deviations ``(N, 2, D)`` in many dimensions.
     """
     slope = hill(points)[1]
-    if points.shape[1] <= _MOST_DENSE:
+    if points.shape[1] <= MOST_DENSE:
         axes, width = hill.axes(points)
-        newton = points - _newton(axes, width, slope)
-        spreads = axes * width[:, None]
+        along = np.einsum("nij,ni->nj", axes, slope)
+        newton = points - np.einsum("nij,nj->ni", axes, width**2 * along)
+        spreads = axes[:, None] * np.stack([_tempered(width, along), width], 1)[:, :, None]
     else:
         curvature = -diagonal_curvatures(hill.log_density, points, hill.dtype, noise)
-        spreads = _width(np.where(np.abs(curvature) < _HUGE, curvature, 0))
-        newton = points - spreads**2 * slope
+        width = _width(np.where(np.abs(curvature) < _HUGE, curvature, 0))
+        newton = points - width**2 * slope
+        spreads = np.stack([_tempered(width, slope), width], 1)
     return np.stack([points, newton], 1), spreads
+
+
+def _tempered(width: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    return 1 / np.maximum(1 / width, np.abs(slope))
 
 
 def _triangular(spreads: np.ndarray) -> np.ndarray:
@@ -318,21 +343,25 @@ def _bounds(
     """What is held by each law, ``(N, 2)`` and ``(N, 2)``.
 
     Returns:
-        The bound E[ln p − ln q], −∞ where a draw has no density or there is a NaN; and the mass
-        by importance sampling, over the draws that have one.
+        The bound E[ln p − ln q] of q cut to where p is a density, which is the mean over the draws
+        there plus the logarithm of their share; and the mass by importance sampling.
     """
-    if spreads.ndim == 3:
-        away = np.einsum("nij,kj->nki", spreads, noise)
+    if spreads.ndim == 4:
+        away = np.einsum("naij,kj->naki", spreads, noise)
         log_scales = np.linalg.slogdet(spreads)[1]
     else:
-        away, log_scales = spreads[:, None] * noise, np.log(spreads).sum(1)
+        away, log_scales = spreads[:, :, None] * noise, np.log(spreads).sum(2)
     count, (draws, dim) = len(means), noise.shape
-    z = (means[:, :, None] + away[:, None]).reshape(-1, dim)
+    z = (means[:, :, None] + away).reshape(-1, dim)
     log_p = log_densities(hill.log_density, z, hill.dtype).reshape(count, 2, draws)
-    log_p = np.where(np.isnan(log_p) | (log_p == np.inf), -np.inf, log_p)
-    norm = log_scales[:, None, None] + 0.5 * dim * np.log(2 * np.pi)
-    ratios = log_p + 0.5 * np.square(noise).sum(1) + norm
-    return ratios.mean(2), np.logaddexp.reduce(ratios, 2) - math.log(draws)
+    alive = np.isfinite(log_p)
+    norm = log_scales[:, :, None] + 0.5 * dim * np.log(2 * np.pi)
+    ratios = np.where(alive, log_p, -np.inf) + 0.5 * np.square(noise).sum(1) + norm
+    kept = alive.sum(2)
+    with np.errstate(divide="ignore"):
+        share = np.log(kept / draws)
+    bounds = np.where(alive, ratios, 0).sum(2) / np.maximum(kept, 1) + share
+    return bounds, np.logaddexp.reduce(ratios, 2) - math.log(draws)
 
 
 def _even_noise(noise: np.random.Generator, dim: int) -> np.ndarray:
@@ -349,23 +378,29 @@ def _even_noise(noise: np.random.Generator, dim: int) -> np.ndarray:
 
 
 def _distinct(found: Gaussians, worth: np.ndarray) -> Gaussians:
-    """The laws worth keeping, by falling bound, whose means lie apart from better ones."""
+    """The laws worth keeping, by falling bound, that are not like better ones."""
     order = np.argsort(-np.where(np.isfinite(found.elbos), found.elbos, -np.inf), kind="stable")
     kept: list[int] = []
     for i in order:
         if not worth[i] or (kept and not np.isfinite(found.elbos[i])):
             continue
-        if all(_distance(found, i, j) > _APART for j in kept):
+        if not any(_alike(found, i, j) for j in kept):
             kept.append(int(i))
-    return Gaussians(*(part[kept] for part in found))
+    return found._replace(
+        means=found.means[kept], factors=found.factors[kept], elbos=found.elbos[kept]
+    )
 
 
-def _distance(found: Gaussians, i: int, j: int) -> float:
-    """How far apart the means of two laws are, in standard deviations of the narrower one."""
+def _alike(found: Gaussians, i: int, j: int) -> bool:
+    """Whether means are near by the measure of the narrower law, and widths within a factor."""
     apart = found.means[i] - found.means[j]
-
-    def scaled(k: int) -> np.ndarray:
-        factor = found.factors[k]
-        return np.linalg.solve(factor, apart) if found.dense else apart / factor
-
-    return float(max(np.linalg.norm(scaled(i)), np.linalg.norm(scaled(j))))
+    own, other = found.factors[i], found.factors[j]
+    if found.dense:
+        # One solution for both: the other's axes, and the distance, in units of the own.
+        solved = np.linalg.solve(own, np.column_stack([other, apart]))
+        ratios = np.linalg.svd(solved[:, :-1], compute_uv=False)
+        near = np.linalg.norm(solved[:, -1]), np.linalg.norm(np.linalg.solve(other, apart))
+    else:
+        ratios, near = other / own, (np.linalg.norm(apart / own), np.linalg.norm(apart / other))
+    same = ratios.max() < _SCALED and ratios.min() > 1 / _SCALED
+    return bool(same and max(near) <= _APART)

@@ -54,6 +54,11 @@ def plot_posterior(posterior: Posterior, path: PathLike | None = None) -> "Figur
 
 
 def _marginal(axes, name: str, own: np.ndarray, column: np.ndarray, weights: np.ndarray) -> None:
+    kept = np.isfinite(column)
+    own, column, weights = own[np.isfinite(own)], column[kept], weights[kept]
+    if not len(own):
+        dress(axes, f"{name}: nothing finite")
+        return
     low, high = np.quantile(own, [0.001, 0.999])
     edges = np.linspace(low, high, _BINS + 1) if high > low else _BINS
     axes.hist(own, edges, density=True, color=FLOW, alpha=0.35, label="the flow's draws")
