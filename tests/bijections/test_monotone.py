@@ -11,7 +11,8 @@ import pytest
 import scipy.stats
 from scipy.integrate import quad
 
-from laminar._errors import InputError
+from laminar._errors import InputError, ShapeError
+from laminar.bijections.amortized import count_parameters
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import Invert
 from laminar.bijections.compose import Chain
@@ -24,6 +25,7 @@ from laminar.bijections.monotone import (
     TailTransform,
     UnconstrainedMonotone,
 )
+from laminar.bijections.numerical import NumericalInverse
 from laminar.bijections.templates import Inverted, as_elementwise
 
 AT_IDENTITY = [
@@ -204,6 +206,21 @@ def test_bernstein_is_a_sum_of_binomial_probabilities():
         np.testing.assert_allclose(log_det, np.log(slopes), rtol=1e-10)
 
 
+def test_bernstein_of_the_largest_degree_is_the_identity_at_the_start():
+    template, x = Bernstein(128), jnp.linspace(-6, 6, 25)
+    y, log_det = template.forward_kernel(template.params[:, None], x)
+    np.testing.assert_allclose(y, x, atol=1e-4)
+    np.testing.assert_allclose(log_det, 0, atol=1e-4)
+
+
+def test_a_tail_transform_takes_shape_and_dtype_of_its_arguments():
+    assert TailTransform(right=jnp.asarray([0.1, 0.2])).in_shape == (2,)
+    with jax.enable_x64(True):
+        assert TailTransform(*jnp.ones(4, jnp.float32)).params.dtype == jnp.float32
+    with pytest.raises(ShapeError, match="cannot be broadcast"):
+        TailTransform(right=jnp.ones(2), left=jnp.ones(3))
+
+
 @pytest.mark.parametrize(("dtype", "budget"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_tails_are_the_formula_of_the_paper_and_invert_far_out(dtype, budget):
     with jax.enable_x64(dtype == "float64"):
@@ -241,6 +258,29 @@ def test_far_points_have_finite_values_both_ways(template):
         assert bool(jnp.isfinite(value).all() & jnp.isfinite(log_det).all())
 
 
+def test_a_mixture_of_steep_components_is_finite_at_the_largest_numbers():
+    template = MixtureCDF(3)
+    params = template.params.at[6:9].set(5.0)[:, None]
+    y, log_det = template.forward_kernel(params, jnp.asarray([-1e38, 1e38]))
+    assert bool(jnp.isfinite(y).all() & jnp.isfinite(log_det).all())
+
+
+def test_arrays_of_a_kernel_stay_trained_in_a_template():
+    class Kernel(eqx.Module):
+        tail: jax.Array
+
+        def __call__(self, params, x):
+            a = jnp.exp(params[0])
+            return a * x + self.tail * jnp.tanh(x), jnp.log(a + self.tail / jnp.cosh(x) ** 2)
+
+    part, y = NumericalInverse(Kernel(jnp.asarray(0.5)), jnp.zeros((1,))), jnp.asarray(0.7)
+    for template in (Invert(part), Chain([part, Affine()])):
+        wrapped = as_elementwise(template)
+        assert wrapped.params.shape[0] == count_parameters(template)
+        for a, b in zip(wrapped.inverse(y), template.inverse(y), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_an_inverted_map_is_a_template_closed_the_other_way():
     part = MixtureCDF(3)
     turned = as_elementwise(Invert(part))
@@ -266,6 +306,7 @@ def test_an_inverted_map_is_a_template_closed_the_other_way():
         (lambda: SumOfSquares(0), "degree must be"),
         (lambda: SumOfSquares(min_slope=0.0), "min_slope"),
         (lambda: Bernstein(interval=(1.0, 0.0)), "interval"),
+        (lambda: Bernstein(129), "at most 128"),
         (lambda: TailTransform(right=0.0), "every right"),
     ],
 )

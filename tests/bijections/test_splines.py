@@ -251,6 +251,16 @@ def test_derivative_at_knots_and_in_the_middle_of_a_bin_is_one_for_the_identity(
     np.testing.assert_allclose(slopes, 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["forward_kernel", "inverse_kernel"])
+@pytest.mark.parametrize("tails", TAILS)
+def test_the_derivative_of_a_linear_spline_at_its_knots_is_what_its_log_det_says(kernel, tails):
+    template = Linear(4, tails=tails)
+    x = jnp.array([-5.0, -2.5, 0.0, 2.5, 5.0])
+    run = getattr(template, kernel)
+    slopes = jax.grad(lambda x: run(template.params[:, None], x)[0].sum())(x)
+    np.testing.assert_allclose(slopes, jnp.exp(run(template.params[:, None], x)[1]), atol=1e-5)
+
+
 def test_raw_slopes_beyond_the_limit_are_drawn_back():
     template = RationalQuadratic(2)
     params = template.params.at[-1].set(60.0)

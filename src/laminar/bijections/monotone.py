@@ -23,12 +23,13 @@ from jax.nn import log_softmax, logsumexp
 from laminar._errors import InputError
 from laminar._params import bounded, clip, positive, positive_inverse
 from laminar._typing import Array, ArrayLike, Shape
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.elementwise import AbstractElementwise, _as_float, _event_shape
 from laminar.bijections.numerical import invert_kernel
 
 _PIVOTS = 3.0  # outermost pivots of mixtures: about three standard deviations of the latent
 _MAX_LOG_SLOPE = 8.0
 _FARTHEST = 1e4  # a normal variable is not farther out, and its square has not overflowed
+_MAX_DEGREE = 128  # of Bernstein polynomials
 _FRACTION_TERMS = 32  # of Laplace's continued fraction, which is then exact in float64 beyond 3
 
 
@@ -290,18 +291,18 @@ class Bernstein(AbstractMonotone):
         dy/dx = Σ_{k<n} d_k B_{k,n−1}(s),    d_k = softplus(raw_k + ln(e − 1)) > 0
 
     so the coefficients of y are d_k L/n apart. Increasing coefficients make the map increasing, and
-    small changes of them change it little. Beyond the interval it goes on as its tangents. Values
-    and slopes are sums of positive terms.
+    small changes of them change it little. Beyond the interval it goes on as its tangents. Slopes
+    are sums of positive terms, so the log-det keeps its digits.
 
     The parameters are a shift of the whole and the n raw slopes d_k.
 
     Args:
-        degree: n ≥ 1.
+        degree: n, from 1 to 128.
         shape: Event shape.
         interval: ``(lo, hi)``.
 
     Raises:
-        InputError: If the degree is not positive or the interval not finite and increasing.
+        InputError: If the degree is out of range or the interval not finite and increasing.
     """
 
     params: Array
@@ -314,6 +315,11 @@ class Bernstein(AbstractMonotone):
     ):
         _check_counts("Bernstein", degree=degree)
         lo, hi = interval
+        if degree > _MAX_DEGREE:
+            raise InputError(
+                f"Bernstein: degree must be at most {_MAX_DEGREE}, beyond which coefficients leave "
+                f"float32, not {degree}."
+            )
         if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
             raise InputError(
                 f"Bernstein: interval must be finite and increasing, not ({lo}, {hi})."
@@ -357,10 +363,11 @@ class TailTransform(AbstractElementwise):
         scale: s > 0.
         right: λ₊ > 0.
         left: λ₋ > 0.
-        shape: Event shape.
+        shape: Event shape, by default that of the four broadcast together.
 
     Raises:
         InputError: If a scale or weight is not positive.
+        ShapeError: If the shapes cannot be broadcast.
     """
 
     params: Array
@@ -373,15 +380,17 @@ class TailTransform(AbstractElementwise):
         right: ArrayLike = 0.1,
         left: ArrayLike = 0.1,
         *,
-        shape: Shape = (),
+        shape: Shape | None = None,
     ):
-        values = [jnp.asarray(v, float) for v in (loc, scale, right, left)]
-        for name, value in zip(("scale", "right", "left"), values[1:], strict=True):
+        names = ("loc", "scale", "right", "left")
+        given = dict(zip(names, map(_as_float, (loc, scale, right, left)), strict=True))
+        self.in_shape = _event_shape("TailTransform", shape, **given)
+        for name, value in list(given.items())[1:]:
             if not isinstance(value, Tracer) and not bool((value > 0).all()):
                 raise InputError(f"TailTransform: every {name} must be greater than zero.")
-        raw = [values[0], *(positive_inverse(value) for value in values[1:])]
-        self.in_shape = tuple(shape)
-        self.params = jnp.stack([jnp.broadcast_to(v, self.in_shape) for v in raw])
+        dtype = jnp.result_type(*given.values())
+        raw = [given["loc"], *(positive_inverse(given[name]) for name in names[1:])]
+        self.params = jnp.stack([jnp.broadcast_to(v, self.in_shape).astype(dtype) for v in raw])
 
     @staticmethod
     def _read(params, above):
@@ -425,6 +434,8 @@ def _log_odds(log_weight: Array, u: Array, log_slope: Array) -> tuple[Array, Arr
     Returns:
         Two arrays ``(I, *s)``.
     """
+    edge = float(jnp.finfo(u.dtype).max) / 16  # an infinite u would have no shares
+    u = clip(u, -edge, edge)
     up, down = log_weight + jax.nn.log_sigmoid(u)[None], log_weight + jax.nn.log_sigmoid(-u)[None]
     shares = log_softmax(up, axis=1) + log_softmax(down, axis=1) - log_weight
     value = logsumexp(up, axis=1) - logsumexp(down, axis=1)
@@ -455,7 +466,7 @@ def _bernstein(degree: int, s: Array, rest: Array) -> Array:
         up.append(up[-1] * s)
         down.append(down[-1] * rest)
     return jnp.stack(
-        [math.comb(degree, k) * up[k] * down[degree - k] for k in range(degree + 1)], axis=0
+        [float(math.comb(degree, k)) * up[k] * down[degree - k] for k in range(degree + 1)], axis=0
     )
 
 

@@ -268,7 +268,7 @@ class Linear(AbstractElementwise):
 
     def _run(self, params, point, search_y):
         layout = _Layout(self.bins, None)
-        inside = jnp.clip(point, *self.interval)
+        inside = clip(point, *self.interval)
         found = _search(
             layout, self.interval, (self.min_width, self.min_height), search_y, inside, params
         )
@@ -276,7 +276,7 @@ class Linear(AbstractElementwise):
         if search_y:
             x_left, width, y_left, height = y_left, height, x_left, width
         theta = (inside - x_left) / width
-        image = y_left + jnp.clip(theta, 0.0, 1.0) * height
+        image = y_left + clip(theta, 0.0, 1.0) * height
         slope, log_det = height / width, jnp.log(height) - jnp.log(width)
         outside = (point < self.interval[0]) | (point > self.interval[1])
         if self.tails is None:

@@ -160,9 +160,15 @@ def _without_params(part: AbstractElementwise) -> AbstractElementwise:
 
 def _turned(step: AbstractTransform) -> AbstractTransform:
     """An inverted elementwise map as an elementwise map; any other transform as it is."""
-    if isinstance(step, Invert) and isinstance(step.bijection, AbstractElementwise):
-        return Inverted(step.bijection)
-    return step
+    inner = step.bijection if isinstance(step, Invert) else None
+    return Inverted(inner) if isinstance(inner, AbstractElementwise) and _is_kernel(inner) else step
+
+
+def _is_kernel(part: AbstractElementwise) -> bool:
+    """Whether nothing but `params` is trained: a `NumericalInverse` kernel may have arrays too."""
+    if not any(field.name == "params" for field in dataclasses.fields(part)):
+        return True
+    return all(leaf is part.params for leaf in jtu.tree_leaves(partition(part)[0]))
 
 
 def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
@@ -192,7 +198,7 @@ def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
             f"{bijection.exactness!r} and takes a condition of shape {bijection.cond_shape}."
         )
     steps = [_turned(step) for step in bijection.steps()]
-    maps = [step for step in steps if isinstance(step, AbstractElementwise)]
+    maps = [step for step in steps if isinstance(step, AbstractElementwise) and _is_kernel(step)]
     if len(maps) == len(steps):
         return maps[0] if len(maps) == 1 else Composed(maps)
     trained, _ = partition(bijection)
