@@ -8,8 +8,9 @@ from cases import randomise
 from laminar.bijections.base import Invert
 from laminar.bijections.compose import Chain
 from laminar.bijections.continuous import Continuous, VelocityField
+from laminar.bijections.dequantise import Dequantise
 from laminar.bijections.dynamics import Hamiltonian, Langevin
-from laminar.bijections.elementwise import Affine
+from laminar.bijections.elementwise import Affine, Sigmoid
 from laminar.bijections.residual import Residual
 from laminar.diagnose import check
 from laminar.distributions import Normal
@@ -61,6 +62,15 @@ def test_a_flow_of_estimates_passes_its_check():
     assert report["log-det estimates are unbiased"].passed
     assert report["log-det is the Jacobian's"].passed  # of the other step
     assert jnp.isfinite(report["log-det estimates are unbiased"].value)
+
+
+def test_a_law_of_whole_numbers_is_checked_on_them():
+    made = Chain([Affine(0.3, 0.8, shape=(2,)), Sigmoid((2,)), Dequantise((2,), 4)])
+    report = check(Flow(Normal(2), made), key=jr.key(0), n=64)
+    assert report.passed, str(report)
+    assert report["log_prob is a lower bound"].passed
+    mass = float(report["log_prob is a lower bound"].detail.split()[3])
+    assert 0.5 < mass < 1
 
 
 @pytest.mark.slow

@@ -65,11 +65,11 @@ def bias(
 
 
 @eqx.filter_jit
-def _mean_bound(flow, x, condition, keys):
+def _bounds(flow, x, condition, keys):
     def one(key):
         return flow.log_prob(x, condition, key=key)
 
-    return jax.vmap(one)(keys).mean(0)
+    return jax.vmap(one)(keys)
 
 
 def overstatement(
@@ -85,7 +85,8 @@ def overstatement(
 
     for every φ ≥ 0. Tried are φ = 1, where the right side is one, and sigmoids of every coordinate
     and of its distance from the centre. The mean over a few keys stands for E ln p̂; if exp of the
-    bound is an unbiased estimate of p, then so that the left side is never overestimated.
+    bound is an unbiased estimate of p, then so that the left side is never overestimated. Where all
+    samples are whole numbers, p is a probability and the integral a sum.
 
     Args:
         flow: The distribution.
@@ -99,24 +100,45 @@ def overstatement(
     """
     dim = samples.shape[1]
     scale = Scale.of(samples)
-    near = dim <= _MAX_KERNEL
-    proposal = integrate.kernels(rng, samples) if near else integrate.fitted(samples)
-    x = proposal.draw(rng, _BOUND_ROWS)
+    x, log_g, every = _places(samples, rng)
     points = jnp.asarray(x, flow.dtype).reshape((-1, *flow.shape))
-    log_p = np.asarray(_mean_bound(flow, points, condition, jr.split(key, _BOUND_KEYS)), float)
-    with np.errstate(over="ignore"):
-        weight = np.exp(log_p - proposal.log_density(x))
-    terms = weight[:, None] * _positive(scale, x)
-    theirs = _positive(scale, samples)
+    found = np.asarray(_bounds(flow, points, condition, jr.split(key, _BOUND_KEYS)), float)
+    log_p = found.mean(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        weight = np.exp(log_p - log_g)
+        noise = np.where(np.isfinite(log_p), found.std(0, ddof=1), 0) / np.sqrt(_BOUND_KEYS)
+    terms, theirs = weight[:, None] * _positive(scale, x), _positive(scale, samples)
     mass, share = terms.mean(0), theirs.mean(0)
-    variance = terms.var(0, ddof=1) / len(terms) + theirs.var(0, ddof=1) / len(theirs)
-    error = float(weight.std(ddof=1) / np.sqrt(len(weight)))
+    # Draws from a proposal vary among themselves; where every place is taken, only keys do.
+    spread = ((terms * noise[:, None]) ** 2).mean(0) if every else terms.var(0, ddof=1)
+    variance = spread / len(terms)
+    error = float(np.sqrt(variance[0]))
     if not np.isnan(mass[0]) and not (mass[0] > 0 and error < 0.1 * mass[0]):
         return np.nan, f"no proposal is close enough in {dim} dimensions"
     # Float32 leaves something that more draws would not remove.
-    score = (mass - share - 2e-3) / np.sqrt(variance + 1e-12)
+    variance = variance + theirs.var(0, ddof=1) / len(theirs) + 1e-12
+    score = (mass - share - 2e-3) / np.sqrt(variance)
     worst = float(np.max(np.where(np.isnan(score), np.inf, score)))
     return worst, f"its integral is {mass[0]:.3f} ± {error:.3f}"
+
+
+def _places(
+    samples: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | float, bool]:
+    """Points, the log-density they are drawn with, and whether they are all there are."""
+    if not (samples == np.round(samples)).all():
+        near = samples.shape[1] <= _MAX_KERNEL
+        proposal = integrate.kernels(rng, samples) if near else integrate.fitted(samples)
+        x = proposal.draw(rng, _BOUND_ROWS)
+        return x, proposal.log_density(x), False
+    lo, hi = samples.min(0), samples.max(0)
+    log_count = float(np.log(hi - lo + 1).sum())
+    if every := log_count < np.log(_BOUND_ROWS):
+        axes = [np.arange(a, b + 1) for a, b in zip(lo, hi, strict=True)]
+        x = np.stack([grid.ravel() for grid in np.meshgrid(*axes, indexing="ij")], 1)
+    else:
+        x = rng.integers(lo.astype(int), hi.astype(int) + 1, (_BOUND_ROWS, len(lo))).astype(float)
+    return x, -log_count, every
 
 
 def _positive(scale: Scale, x: np.ndarray) -> np.ndarray:
