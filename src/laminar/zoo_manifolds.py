@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from laminar._stacks import check_sizes, conditioned, random_rotation
-from laminar._typing import Array, PRNGKeyArray
+from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
 from laminar.bijections.compose import Chain, repeat
@@ -106,16 +107,29 @@ def sphere(
     """
     check_sizes("sphere", cond_dim, n=n, layers=layers, width=width, depth=depth)
     sizes: dict[str, Any] = {"width": width, "depth": depth, "cond_dim": cond_dim}
-    circular = RationalQuadratic(bins, interval=_CIRCLE, tails="circular")
+
+    def circle(shape: Shape = ()) -> RationalQuadratic:
+        return RationalQuadratic(bins, shape, interval=_CIRCLE, tails="circular")
+
+    def height(shape: Shape = ()) -> RationalQuadratic:
+        return RationalQuadratic(bins, shape, interval=(-1.0, 1.0), tails=None)
+
+    def alone(bend: AbstractTransform, net_key: PRNGKeyArray) -> AbstractTransform:
+        if not cond_dim:
+            return bend
+        return amortized(bend, cond_dim, width=width, depth=depth, key=net_key)
 
     def make(layer_key: PRNGKeyArray) -> AbstractTransform:
         turn_key, height_key, angle_key = jr.split(layer_key, 3)
         if n == 1:
-            bend = masked_autoregressive(1, circular, key=angle_key, **sizes)
+            bend = alone(circle((1,)), angle_key)
         else:
-            spline = RationalQuadratic(bins, interval=(-1.0, 1.0), tails=None)
-            heights = masked_autoregressive(n - 1, spline, key=height_key, **sizes)
-            bend = coupling(n, circular, n_identity=n - 1, marginal=heights, key=angle_key, **sizes)
+            heights = (
+                alone(height((1,)), height_key)
+                if n == 2
+                else masked_autoregressive(n - 1, height(), key=height_key, **sizes)
+            )
+            bend = coupling(n, circle(), n_identity=n - 1, marginal=heights, key=angle_key, **sizes)
         turn = Projective(random_rotation(n + 1, key=turn_key))
         cylinder = Cylindrical(n)
         return Chain([Invert(turn), Invert(cylinder), bend, cylinder, turn])
