@@ -86,3 +86,20 @@ def test_the_paired_error_is_the_stricter(common, monkeypatch, capsys):
     monkeypatch.setitem(defaults.RIVALS, "flowjax", "a_package_that_is_not_there")
     assert defaults._installed(("kde", "flowjax")) == ["kde"]
     assert "flowjax is left out" in capsys.readouterr().out
+
+
+def test_rounding_errors_are_measured_and_shown(common):
+    errors = __import__("errors")
+    found = errors.measure(errors.CASES["affine"], 8)
+    assert 0 < found["ordinary float32"][0] < 1e-5
+    assert found["ordinary float64"][1] < 1e-12
+    records = [
+        {"case": "affine", "depth": 1, "errors": found},
+        {"case": "exp", "depth": 1, "errors": found},
+        {"case": "exp", "depth": 8},
+    ]
+    rows = errors.tables(records, (1, 8)).splitlines()
+    assert sum(row.startswith("| `affine` |") and "· …" in row for row in rows) == 2
+    assert sum(row.startswith("| `exp` |") and "· –" in row for row in rows) == 2
+    assert errors.layers(errors.CASES["exp"], 8) is None
+    sys.modules.pop("errors")
