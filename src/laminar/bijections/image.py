@@ -17,7 +17,13 @@ from jax import lax
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection, AbstractTransform, Exactness, call
+from laminar.bijections.base import (
+    AbstractBijection,
+    AbstractTransform,
+    Exactness,
+    call,
+    check_flat,
+)
 from laminar.bijections.compose import Chain, Reshape
 from laminar.bijections.linear import LU
 
@@ -115,7 +121,7 @@ class Positionwise(AbstractBijection):
         space: Shape of the axes that are mapped over.
 
     Raises:
-        ShapeError: If the bijection is not exact.
+        ShapeError: If the bijection is not exact, or one of a manifold.
     """
 
     bijection: AbstractTransform
@@ -123,8 +129,7 @@ class Positionwise(AbstractBijection):
     batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
-        if self.bijection.exactness != "exact":
-            raise ShapeError(f"Positionwise takes an exact bijection, not {self.bijection.name}.")
+        check_flat("Positionwise", self.bijection)
 
     @property
     def in_shape(self) -> Shape:
@@ -306,7 +311,7 @@ class Leading(AbstractTransform):
         dim: Length of the vector.
 
     Raises:
-        ShapeError: If the sizes do not fit.
+        ShapeError: If the sizes do not fit, or the transform is one of a manifold.
     """
 
     transform: AbstractTransform
@@ -314,6 +319,7 @@ class Leading(AbstractTransform):
     batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
+        check_flat("Leading", self.transform, exact=False)
         sizes = [math.prod(s) for s in (self.transform.in_shape, self.transform.out_shape)]
         if sizes[0] != sizes[1] or sizes[0] > self.dim:
             raise ShapeError(
