@@ -48,6 +48,7 @@ bench-full: $(VENV)/.run-ready
 # rivals, and what LAMINAR_DATA must hold. What has no data here is skipped.
 bench-smoke: $(VENV)/.run-ready
 	$(BIN)/python benchmarks/incremental.py $(BENCH)/incremental.jsonl --dims 2,8,43
+	$(BIN)/python benchmarks/errors.py $(BENCH)/errors.jsonl --depths 1
 	$(BIN)/python benchmarks/defaults.py $(BENCH)/defaults.jsonl --sizes 200 --splits 1
 	$(BIN)/python benchmarks/bsds300.py $(BENCH)/bsds300 --test-rows 10000
 	$(BIN)/python benchmarks/figure3.py $(BENCH)/figure3.jsonl --seeds 1 --steps 500 --targets U1 --flows planar
