@@ -255,7 +255,7 @@ def test_every_flow_keeps_a_checkpoint_and_resumes(tmp_path, monkeypatch):
     whole, _ = fit_density(jr.key(0), x, preset=chosen)
     path = tmp_path / "run.ckpt"
     state = Checkpoint(path, seconds=0.0)
-    module = importlib.import_module("laminar.train.fit")
+    module = importlib.import_module("laminar.train.density")
     save, saves = module.save_checkpoint, []
 
     def save_and_stop(target, *rest):
@@ -311,7 +311,7 @@ def fitted(monkeypatch):
         seen.append((data, options))
         raise TrainingError("It stopped, for rows 0, 3. Look there.", [0, 3])
 
-    monkeypatch.setattr(importlib.import_module("laminar.train.fit"), "fit", failing)
+    monkeypatch.setattr(importlib.import_module("laminar.train.density"), "fit", failing)
     return seen
 
 

@@ -24,7 +24,7 @@ from laminar.density import AbstractDistribution
 from laminar.distributions import Normal, Uniform
 from laminar.flow import Flow
 from laminar.objectives import Batch, nll
-from laminar.preset import preset
+from laminar.preset import Preset, preset
 from laminar.train import ArraySource, Checkpoint, History, MappedSource, fit
 from laminar.train import fit as fit_module_function
 from laminar.train.blame import _finite_rows
@@ -314,7 +314,7 @@ def test_the_history_is_plain_json():
 
 def test_a_preset_is_handed_on_and_decides_the_options(monkeypatch):
     seen = []
-    monkeypatch.setattr("laminar.train.density.fit_preset", lambda *a: seen.append(a) or (1, 2))
+    monkeypatch.setitem(fit_module.OTHER_DOORS, Preset, lambda *a: seen.append(a) or (1, 2))
     chosen = preset(60, 2)
     assert fit(jr.key(0), chosen, X, validation=0.2, steps=10) == (1, 2)
     ((_, given, data, _, _, validation, *_, options),) = seen

@@ -1,5 +1,7 @@
 """Training: sources of batches, the pure step, the loop, and checkpoints."""
 
+# Imported for what it adds to the doors of `fit`.
+from laminar.train import density as density
 from laminar.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from laminar.train.fit import fit
 from laminar.train.history import History

@@ -36,6 +36,7 @@ from laminar.preset import Preset
 from laminar.preset import preset as make_preset
 from laminar.train import mixtures, shallow
 from laminar.train.checkpoint import Checkpoint
+from laminar.train.fit import OTHER_DOORS, fit
 from laminar.train.history import History
 from laminar.train.search import MOST_REFIT, Found, Plan, load_plan, search, settings_of
 from laminar.train.source import ArraySource, MappedSource
@@ -326,7 +327,6 @@ def _base(kind, found, latent, table) -> AbstractDistribution:
 
 
 def _train_one(key, base, latent, table, chosen, options):
-    from laminar.train.fit import fit
     from laminar.zoo import nsf
 
     net_key, fit_key = jr.split(key)
@@ -473,3 +473,6 @@ def _triangular(factor: np.ndarray, shift: np.ndarray) -> Triangular:
 
 def _dtype():
     return jax.dtypes.canonicalize_dtype(np.float64)
+
+
+OTHER_DOORS[Preset] = fit_preset
