@@ -1,20 +1,19 @@
 r"""Surjections: maps that lose something one way and draw it the other (Nielsen et al. 2020).
 
 `drop` maps the wide space to the narrow one, and `draw` comes back with what a law q draws for the
-part that was lost. Which of the two is ``forward`` decides what the likelihood is:
+part that was lost. Which of the two is ``forward`` decides what the likelihood is. With
+``loses="inverse"`` the latent space is the narrow one, sampling draws, and the density is exact:
 
-- ``loses="inverse"``: the latent space is the narrow one and sampling draws. The density is exact:
+    ln p(x) = ln p(z) + ln q(lost | z),    z = drop(x)
 
-      ln p(x) = ln p(z) + ln q(lost | z),    z = drop(x)
+With ``loses="forward"`` data stand in the narrow space, so their density is an integral or a sum
+over all z that lead to them, which one draw estimates:
 
-- ``loses="forward"``: data stand in the narrow space, so their density is an integral or a sum over
-  all z that lead to them, which one draw estimates:
+    ln p(x) ≥ E[ln p(z) − ln q(lost | x)],    z = draw(x)
 
-      ln p(x) ≥ E[ln p(z) − ln q(lost | x)],    z = draw(x)
-
-  A single ``log_prob(x, key=…)`` is the logarithm of an unbiased estimate of p(x), so on average a
-  lower bound. It is tight where q is the posterior of what was lost. As in
-  `laminar.bijections.dynamics`, ``sample_and_log_prob`` errs to the other side.
+There a single ``log_prob(x, key=…)`` is the logarithm of an unbiased estimate of p(x), so on
+average a lower bound. It is tight where q is the posterior of what was lost. As in
+`laminar.bijections.dynamics`, ``sample_and_log_prob`` errs to the other side.
 """
 
 import abc
