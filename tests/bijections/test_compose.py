@@ -27,6 +27,7 @@ from laminar.bijections.compose import (
 from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Exp, Shift
 from laminar.bijections.linear import ActNorm
+from laminar.bijections.monotone import UnconstrainedMonotone
 from laminar.bijections.path import first_steps
 from laminar.bijections.splines import RationalQuadratic
 
@@ -128,6 +129,26 @@ def test_repeat_does_not_grow_the_program_with_depth():
     assert lines(2) == lines(20)
 
 
+def test_layers_that_draw_draw_apart_when_they_learn_from_data():
+    class Noisy(AbstractTransform):
+        mean: jax.Array
+        in_shape = out_shape = ()
+        cond_shape = None
+        exactness = "bound"
+        batch_last = True
+
+        def forward(self, x, condition=None, *, key=None):
+            return x + jr.normal(key, x.shape), jnp.zeros_like(x)
+
+        inverse = forward
+
+        def init_from_data(self, data, condition=None, side="out"):
+            return Noisy(data.mean())
+
+    means = Repeat([Noisy(jnp.zeros(()))] * 3).init_from_data(jnp.zeros(1), side="in").layers.mean
+    assert abs(means[2] - 2 * means[1]) > 1e-3  # two equal draws would add up to twice one
+
+
 def test_repeat_refuses_what_cannot_be_stacked():
     with pytest.raises(ShapeError, match="layer 1"):
         Repeat([Affine(shape=(3,)), Exp((3,))])
@@ -221,6 +242,16 @@ def test_a_stack_costs_what_a_layer_does(make, direction):
     stack = repeat(layer, 3, key=jr.key(0))
     assert stack.row_cost(direction) == stack.layer(0).row_cost(direction)
     assert Chain([stack, Invert(stack)]).row_cost(direction) >= 23 * 21
+
+
+@pytest.mark.parametrize("make", [coupling, masked_autoregressive])
+def test_a_layer_costs_what_its_template_does(make):
+    small, large = (
+        make(8, UnconstrainedMonotone(4, nodes=n), width=4, depth=1, key=jr.key(0)) for n in (4, 48)
+    )
+    entries = 4 if make is coupling else 8
+    more = large.row_cost("inverse") - small.row_cost("inverse")
+    assert more == entries * 4 * (48 - 4)
 
 
 def test_the_incremental_inverse_holds_less_than_the_dense_pass():

@@ -14,8 +14,9 @@ from cases import _continuous, randomise
 import laminar
 from laminar._errors import InputError, ShapeError
 from laminar._registry import register
+from laminar.bijections.amortized import amortized
 from laminar.bijections.base import Invert, call
-from laminar.bijections.compose import Chain, repeat
+from laminar.bijections.compose import Chain, Independent, Indexed, Stack, repeat
 from laminar.bijections.continuous import Continuous, VelocityField, _worst
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.path import walk
@@ -134,14 +135,20 @@ def test_points_leave_the_divergence_out_in_every_composition():
     chain = Chain([Affine(shape=(2,)), flow, Invert(flow)])
     stack = repeat(lambda key: Continuous(_field(key), (2,), fixed_steps=6), 2, key=jr.key(3))
     x = jr.normal(jr.key(1), (2, 4))
-    for transform in (flow, chain, stack):
+    guess = Continuous(_field(), (2,), fixed_steps=2, times=1, divergence="hutchinson")
+    moved = amortized(guess, 2, key=jr.key(4))
+    for transform, z in ((Stack([guess, guess]), jnp.stack([x, x])), (moved, x)):
+        assert transform.points("inverse", z, x).shape == z.shape  # no key is asked for
+    for transform in (flow, chain, stack, Indexed(flow, [1, 0], 2)):
         for direction in ("forward", "inverse"):
             alone = transform.points(direction, x)
             np.testing.assert_allclose(alone, call(transform, direction, x)[0], atol=1e-5)
-    plain, both = (
-        str(jax.make_jaxpr(f)(x)) for f in (lambda x: flow.points("forward", x), flow.forward)
-    )
-    assert len(plain) < 0.7 * len(both)
+    for transform, z in ((flow, x), (Independent(flow, 2), jnp.stack([x, x]))):
+        plain, both = (
+            str(jax.make_jaxpr(f)(z))
+            for f in (lambda z, t=transform: t.points("forward", z), transform.forward)
+        )
+        assert len(plain) < 0.7 * len(both)
 
 
 def test_a_missing_value_does_not_reach_other_events():

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, partition, trainable
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractTransform, Exactness, Invert, call
+from laminar.bijections.base import AbstractTransform, Exactness, Invert, call, image
 from laminar.bijections.compose import Chain, Repeat, Stack
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.nn.mlp import MLP, Activation, Dense, apply_network
@@ -115,7 +115,7 @@ class Amortized(AbstractTransform):
         net = PartOfNetwork(self.net, jnp.concatenate(index))
         return Amortized(step, net, self.cond_shape[0])
 
-    def _run(self, direction, x, condition, key):
+    def _run(self, direction, x, condition, key, apply=call):
         if condition is None:
             raise ShapeError(f"{self.name} needs a condition of shape {self.cond_shape}; got none.")
         batch = condition.shape[1:]
@@ -130,7 +130,7 @@ class Amortized(AbstractTransform):
 
         def run(moved, x, condition, key):
             bijection = eqx.combine(jtu.tree_unflatten(structure, moved), rest)
-            return call(bijection, direction, x, condition, key=key)
+            return apply(bijection, direction, x, condition, key=key)
 
         if not takes_batched_parameters(self.bijection):
             for _ in batch:
@@ -144,6 +144,10 @@ class Amortized(AbstractTransform):
     def inverse(self, y, condition=None, *, key=None):
         """``f⁻¹(y; θ(c))`` with its log-det."""
         return self._run("inverse", y, condition, key)
+
+    def points(self, direction, x, condition=None, *, key=None):
+        """The image alone."""
+        return self._run(direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the data on to the template, as if the network gave zero."""

@@ -185,6 +185,18 @@ def call(
     )
 
 
+def image(
+    transform: AbstractTransform,
+    direction: Direction,
+    x: Array,
+    condition: Condition = None,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Array, Array]:
+    """In place of `call` where points alone are wanted: the image, and a zero."""
+    return transform.points(direction, x, condition, key=key), jnp.zeros((), x.dtype)
+
+
 def weakest(parts: Iterable[Any]) -> Exactness:
     """The exactness of several parts: a bias spoils all, then a bound, then an estimate."""
     kinds = {part.exactness for part in parts}

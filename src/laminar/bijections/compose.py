@@ -23,6 +23,7 @@ from laminar.bijections.base import (
     call,
     check_flat,
     check_joints,
+    image,
     merge_cond_shapes,
     weakest,
 )
@@ -73,14 +74,14 @@ class Chain(AbstractTransform):
         """The weakest exactness among the parts."""
         return weakest(self.parts)
 
-    def _run(self, parts, direction, x, condition, key):
+    def _run(self, parts, direction, x, condition, key, apply=call):
         keys = [None] * len(parts) if key is None else jr.split(key, len(parts))
         total = jnp.zeros(
             x.shape[len(parts[0].in_shape if direction == "forward" else parts[0].out_shape) :],
             x.dtype,
         )
         for part, part_key in zip(parts, keys, strict=True):
-            x, log_det = call(part, direction, x, condition, key=part_key)
+            x, log_det = apply(part, direction, x, condition, key=part_key)
             total = total + log_det
         return x, total
 
@@ -95,10 +96,7 @@ class Chain(AbstractTransform):
     def points(self, direction, x, condition=None, *, key=None):
         """The image alone, part after part."""
         parts = self.parts if direction == "forward" else self.parts[::-1]
-        keys = [None] * len(parts) if key is None else jr.split(key, len(parts))
-        for part, part_key in zip(parts, keys, strict=True):
-            x = part.points(direction, x, condition, key=part_key)
-        return x
+        return self._run(parts, direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise part after part, starting at the side where the data stand."""
@@ -184,7 +182,7 @@ class Repeat(AbstractTransform):
         """The i-th layer on its own."""
         return jtu.tree_map(lambda x: x[i] if eqx.is_array(x) else x, self.layers)
 
-    def _run(self, direction, x, condition, key, reverse):
+    def _run(self, direction, x, condition, key, apply=call):
         dynamic, static = eqx.partition(self.layers, eqx.is_array)
         keys = None if key is None else jr.split(key, self.length)
         batch = x.shape[len(self.in_shape) :]
@@ -193,44 +191,38 @@ class Repeat(AbstractTransform):
             x, total = carry
             part, layer_key = slice_and_key
             layer = eqx.combine(part, static)
-            x, log_det = call(layer, direction, x, condition, key=layer_key)
+            x, log_det = apply(layer, direction, x, condition, key=layer_key)
             return (x, total + log_det), None
 
         start = (x, jnp.zeros(batch, x.dtype))
-        (x, total), _ = lax.scan(body, start, (dynamic, keys), reverse=reverse)
+        (x, total), _ = lax.scan(body, start, (dynamic, keys), reverse=direction == "inverse")
         return x, total
 
     def forward(self, x, condition=None, *, key=None):
         """All layers in order, with the summed log-det."""
-        return self._run("forward", x, condition, key, reverse=False)
+        return self._run("forward", x, condition, key)
 
     def inverse(self, y, condition=None, *, key=None):
         """All layers backwards, with the summed log-det."""
-        return self._run("inverse", y, condition, key, reverse=True)
+        return self._run("inverse", y, condition, key)
 
     def points(self, direction, x, condition=None, *, key=None):
         """The image alone, by the same scan."""
-        dynamic, static = eqx.partition(self.layers, eqx.is_array)
-        keys = None if key is None else jr.split(key, self.length)
-
-        def body(x, slice_and_key):
-            part, layer_key = slice_and_key
-            layer = eqx.combine(part, static)
-            return layer.points(direction, x, condition, key=layer_key), None
-
-        return lax.scan(body, x, (dynamic, keys), reverse=direction == "inverse")[0]
+        return self._run(direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise layer after layer by one scan, starting at the side where the data stand."""
         dynamic, static = eqx.partition(self.layers, eqx.is_array)
         direction = "inverse" if side == "out" else "forward"
 
-        def body(data, part):
+        def body(data, part_and_key):
+            part, key = part_and_key
             layer = eqx.combine(part, static).init_from_data(data, condition, side)
-            data = layer.points(direction, data, condition, key=jr.key(0))
+            data = layer.points(direction, data, condition, key=key)
             return data, eqx.filter(layer, eqx.is_array)
 
-        _, done = lax.scan(body, data, dynamic, reverse=side == "out")
+        keys = jr.split(jr.key(0), self.length)
+        _, done = lax.scan(body, data, (dynamic, keys), reverse=side == "out")
         return Repeat(eqx.combine(done, static))
 
     def row_cost(self, direction):
@@ -331,9 +323,9 @@ class Independent(AbstractBijection):
                 f"{sorted(sizes)}."
             )
 
-    def _run(self, direction, x, condition):
+    def _run(self, direction, x, condition, apply=call):
         def one(bijection, x):
-            return call(bijection, direction, x, condition)
+            return apply(bijection, direction, x, condition)
 
         axes = (eqx.if_array(0) if self.stacked else None, 0)
         y, log_det = eqx.filter_vmap(one, in_axes=axes)(self.bijection, x)
@@ -346,6 +338,10 @@ class Independent(AbstractBijection):
     def inverse(self, y, condition=None, *, key=None):
         """The inverse on every slice; log-dets are summed over slices."""
         return self._run("inverse", y, condition)
+
+    def points(self, direction, x, condition=None, *, key=None):
+        """The image of every slice alone."""
+        return self._run(direction, x, condition, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise each slice's own parameters, or shared ones from all slices together."""
@@ -412,10 +408,10 @@ class Stack(AbstractTransform):
         """The weakest exactness among the parts."""
         return weakest(self.parts)
 
-    def _run(self, direction, x, condition, key):
+    def _run(self, direction, x, condition, key, apply=call):
         keys = [None] * len(self.parts) if key is None else jr.split(key, len(self.parts))
         results = [
-            call(part, direction, x[i], condition, key=part_key)
+            apply(part, direction, x[i], condition, key=part_key)
             for i, (part, part_key) in enumerate(zip(self.parts, keys, strict=True))
         ]
         images, log_dets = zip(*results, strict=True)
@@ -428,6 +424,10 @@ class Stack(AbstractTransform):
     def inverse(self, y, condition=None, *, key=None):
         """``f_i⁻¹(y[i])`` stacked, with the summed log-det."""
         return self._run("inverse", y, condition, key)
+
+    def points(self, direction, x, condition=None, *, key=None):
+        """The parts' images alone, stacked."""
+        return self._run(direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise each part from its slice."""
@@ -573,8 +573,8 @@ class Indexed(AbstractBijection):
         """That of the bijection, beside the whole vector."""
         return max(super().row_cost(direction), self.bijection.row_cost(direction))
 
-    def _run(self, direction, x, condition):
-        y, log_det = call(self.bijection, direction, x[self.index], condition)
+    def _run(self, direction, x, condition, apply=call):
+        y, log_det = apply(self.bijection, direction, x[self.index], condition)
         return x.at[self.index].set(y), log_det
 
     def forward(self, x, condition=None, *, key=None):
@@ -584,6 +584,10 @@ class Indexed(AbstractBijection):
     def inverse(self, y, condition=None, *, key=None):
         """The inverse on the indexed entries."""
         return self._run("inverse", y, condition)
+
+    def points(self, direction, x, condition=None, *, key=None):
+        """The image alone."""
+        return self._run(direction, x, condition, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the indexed entries on."""
