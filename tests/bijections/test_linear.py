@@ -112,6 +112,15 @@ def test_extreme_diagonals_stay_finite(kind):
     assert np.all(np.isfinite(grads))
 
 
+def test_the_matrix_of_factors_has_their_dtype_and_no_rounding_of_the_shift():
+    with jax.enable_x64(True):
+        qr = QR(3, key=jr.key(0))
+        qr = jtu.tree_map(lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, qr)
+        moved = eqx.tree_at(lambda m: m.triangular.shift, qr, jnp.full(3, 1e6, jnp.float32))
+        assert moved.matrix.dtype == jnp.float32
+        np.testing.assert_allclose(moved.matrix, jnp.eye(3), atol=1e-6)
+
+
 def test_reflections_of_any_length_are_orthogonal():
     vectors = jnp.asarray([[0.0, 1e30, 1e-30], [0.0, 1e30, 3e-30], [0.0, -2e30, 1e-30]])
     b = eqx.tree_at(lambda s: s.vectors, Householder(3, 3, key=jr.key(0)), vectors)

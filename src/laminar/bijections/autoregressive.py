@@ -74,11 +74,11 @@ class MaskedAutoregressive(AbstractBijection):
         return self.net.cond_shape
 
     def row_cost(self, direction):
-        """All parameters at once in the dense pass, one entry's in the incremental one."""
-        net = self.net
+        """The template of all entries in the dense pass, of one in the incremental one."""
+        net, each = self.net, self.template.row_cost(direction)
         if direction == "forward":
-            return net.params + 4 * net.dim + net.width * (len(net.hidden) + 1)
-        return net.params * net.dim + 2 * net.width
+            return each + 4 * net.dim + net.width * (len(net.hidden) + 1)
+        return each * net.dim + 2 * net.width
 
     def forward(self, x, condition=None, *, key=None):
         """Latent → data, by the incremental pass."""

@@ -102,11 +102,12 @@ class Coupling(AbstractBijection):
         )
 
     def row_cost(self, direction):
-        """The parameters of all entries, beside two layers of the network."""
+        """The template of all entries, beside two layers of the network."""
         net = self.net
         width = net.first.weight.shape[0] if isinstance(net, MLP | ConvNet) else _USUAL_WIDTH
         hidden = 2 * width * math.prod(self.in_shape[1:])
-        return max(super().row_cost(direction), math.prod(self._head_shape) + hidden)
+        each = self.template.row_cost(direction)
+        return max(super().row_cost(direction), math.prod(self._head_shape[1:]) * each + hidden)
 
     def _theta(self, passed: Array, condition: Array | None) -> Array:
         """The parameters, ``(P, D_b, *batch)``."""

@@ -11,8 +11,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 from jax.scipy.linalg import expm
 
+from laminar._params import partition
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection
 from laminar.bijections.compose import Chain
@@ -56,7 +58,10 @@ class AbstractFactored(AbstractBijection):
     @property
     def matrix(self) -> Array:
         """The matrix, of shape (D, D)."""
-        return jax.jacfwd(lambda x: self.forward(x)[0])(jnp.zeros(self.in_shape))
+        dtype = jnp.result_type(*jtu.tree_leaves(partition(self)[0]))
+        eye = jnp.eye(self.in_shape[0], dtype=dtype)
+        # The derivative, not a difference of images, which a large shift would round.
+        return jax.jvp(lambda x: self.forward(x)[0], (jnp.zeros_like(eye),), (eye,))[1]
 
     def forward(self, x, condition=None, *, key=None):
         """The factors in order, with the summed log-det."""
@@ -108,9 +113,9 @@ class QR(AbstractFactored):
 
         log_det = Σ_i ln R_ii
 
-    Q is a `Householder` product, R a `Triangular`. Every invertible matrix whose determinant has
-    the sign (−1)^K is reached, without the fixed permutation that `LU` needs (Hoogeboom et al.
-    2019, "Emerging Convolutions for Generative Normalizing Flows").
+    Q is a `Householder` product, R a `Triangular`. With K ≥ D − 1 every invertible matrix whose
+    determinant has the sign (−1)^K is reached, without the fixed permutation that `LU` needs
+    (Hoogeboom et al. 2019, "Emerging Convolutions for Generative Normalizing Flows").
 
     Args:
         dim: D.
