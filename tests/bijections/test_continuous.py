@@ -19,7 +19,7 @@ from laminar.bijections.base import Invert, call
 from laminar.bijections.compose import Chain, Independent, Indexed, Stack, repeat
 from laminar.bijections.continuous import Continuous, VelocityField, _worst
 from laminar.bijections.elementwise import Affine
-from laminar.bijections.path import walk
+from laminar.bijections.path import first_steps, walk
 from laminar.testing import check_bijection
 
 
@@ -128,6 +128,12 @@ def test_the_path_is_one_solution_kept_at_its_times(options):
     back, back_dets = eqx.filter_jit(walk)(flow, "inverse", y)
     np.testing.assert_allclose(back[0], points[1], atol=1e-5)
     np.testing.assert_allclose(back_dets[0], -log_dets[2], atol=2e-5)
+    for k in (1, 2):  # by one solution, also of the last steps
+        first, (last,) = first_steps(flow, k), first_steps(Invert(flow), k).parts
+        assert isinstance(first, Continuous)
+        assert first.times == flow.times[: k + 1]
+        np.testing.assert_allclose(call(first, "forward", x)[0], points[k - 1], atol=1e-5)
+        assert last.bijection.times == flow.times[-k - 1 :]
 
 
 def test_points_leave_the_divergence_out_in_every_composition():

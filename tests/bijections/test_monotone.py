@@ -92,6 +92,11 @@ def test_training_leaves_the_identity_and_reaches_every_parameter(template):
         assert np.std(np.asarray(params)[: template.params.shape[0] // 3]) > 1e-2
 
 
+def test_an_inverted_map_costs_what_its_kernel_does():
+    for part in (DeepSigmoidal(8, 3), UnconstrainedMonotone()):
+        assert as_elementwise(Invert(part)).row_cost("inverse") >= part.row_cost("forward")
+
+
 def test_mixture_is_the_distribution_function_of_its_components():
     with jax.enable_x64(True):
         template = MixtureCDF(3)

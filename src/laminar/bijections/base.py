@@ -131,6 +131,10 @@ class AbstractTransform(eqx.Module):
         """The elementary transforms f_1, …, f_K this one is made of, first applied first."""
         return (self,)
 
+    def between(self, first: int, last: int) -> "AbstractTransform | None":
+        """The `steps()` first, …, last − 1 as one transform where that is cheaper, else None."""
+        return None
+
     @property
     def name(self) -> str:
         """What to call this transform in messages and plots."""

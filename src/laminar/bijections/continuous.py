@@ -326,6 +326,13 @@ class Continuous(AbstractTransform):
             for pair, count in zip(itertools.pairwise(self.times), counts, strict=False)
         )
 
+    def between(self, first, last):
+        """The flow from one of the `times` to another, by one solution with the same steps."""
+        counts = None if self.fixed_steps is None else self._counts()[first:last]
+        total = None if counts is None else sum(counts)
+        part = dataclasses.replace(self, times=self.times[first : last + 1], fixed_steps=total)
+        return part if counts is None or part._counts() == counts else None
+
     def row_cost(self, direction):
         """That of all directions in which v is differentiated."""
         size = math.prod(self.in_shape)

@@ -120,13 +120,17 @@ class DeepSigmoidal(AbstractMonotone):
     def __init__(self, units: int = 8, layers: int = 1, shape: Shape = ()):
         _check_counts("DeepSigmoidal", units=units, layers=layers)
         self.in_shape, self.units, self.layers = tuple(shape), units, layers
-        hidden = layers - 1
-        count = 2 * units * layers + units * (hidden * units + 1) + hidden * units * units
-        self.params = jnp.zeros((count, *self.in_shape))
+        self.params = jnp.zeros((self._count, *self.in_shape))
+
+    @property
+    def _count(self) -> int:
+        hidden = self.layers - 1
+        return self.units * (2 * self.layers + 2 * hidden * self.units + 1)
 
     def row_cost(self, direction):
         """The parameters, and the sigmoids of every pair of units."""
-        return super().row_cost(direction) * (2 if self.layers == 1 else 3)
+        pairs = self._count * (1 if self.layers == 1 else 2)
+        return super().row_cost(direction) + pairs * math.prod(self.in_shape)
 
     def forward_kernel(self, params, x):
         """``(y, ln dy/dx)``."""

@@ -93,7 +93,7 @@ def first_steps(transform: AbstractTransform, k: int) -> AbstractTransform:
         return Chain(kept)
     if isinstance(transform, Repeat):
         return Repeat(jtu.tree_map(lambda x: x[:k] if eqx.is_array(x) else x, transform.layers))
-    return Chain(transform.steps()[:k])
+    return transform.between(0, k) or Chain(transform.steps()[:k])
 
 
 def _last_steps(transform: AbstractTransform, k: int) -> list[AbstractTransform]:
@@ -105,6 +105,10 @@ def _last_steps(transform: AbstractTransform, k: int) -> list[AbstractTransform]
         return [Repeat(tail)]
     if isinstance(transform, Invert):
         return [Invert(first_steps(transform.bijection, k))]
+    total = len(step_names(transform))
+    whole = transform.between(total - k, total) if 0 < k < total else None
+    if whole is not None:
+        return [whole]
     parts = transform.parts if isinstance(transform, Chain) else transform.steps()
     kept: list[AbstractTransform] = []
     for part in reversed(parts):
