@@ -69,6 +69,7 @@ def conditioned(
             residual=residual,
             order=order if graph is None else None,
             graph=graph,
+            periodic=periodic,
             key=net_key,
         )
         return Invert(layer) if fast == "sample" else layer

@@ -17,7 +17,7 @@ from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
 from laminar.bijections.compose import Chain, repeat
-from laminar.bijections.coupling import coupling
+from laminar.bijections.coupling import coupling as coupling_layer
 from laminar.bijections.linear import LU
 from laminar.bijections.manifolds import Cylindrical, Projective
 from laminar.bijections.rotations import QuaternionMap, RotationCoupling
@@ -40,12 +40,13 @@ def torus(
     depth: int = 2,
     bins: int = 8,
     cond_dim: int = 0,
+    coupling: bool = True,
     base: AbstractDistribution | None = None,
 ) -> Flow:
-    """A flow of angles: coupling layers of circular splines (Rezende et al. 2020).
+    """A flow of angles: circular splines, coupled or autoregressive (Rezende et al. 2020).
 
     Networks see the cosines and sines of angles, so the density is continuous on the torus. Both
-    directions are one network pass.
+    directions of a coupling layer are one network pass.
 
     Args:
         dim: Number of angles D.
@@ -55,6 +56,8 @@ def torus(
         depth: Residual blocks of a conditioner.
         bins: Bins of a spline.
         cond_dim: Length of the condition; 0 for none.
+        coupling: Use coupling layers; otherwise autoregressive ones, of which ``log_prob`` is one
+            dense pass.
         base: Base distribution, by default uniform on [−π, π]^D.
 
     Raises:
@@ -69,7 +72,7 @@ def torus(
         width=width,
         depth=depth,
         cond_dim=cond_dim,
-        coupled=True,
+        coupled=coupling,
         periodic=True,
     )
     return Flow(Uniform(dim, *_CIRCLE) if base is None else base, stack)
@@ -129,7 +132,9 @@ def sphere(
                 if n == 2
                 else masked_autoregressive(n - 1, height(), key=height_key, **sizes)
             )
-            bend = coupling(n, circle(), n_identity=n - 1, marginal=heights, key=angle_key, **sizes)
+            bend = coupling_layer(
+                n, circle(), n_identity=n - 1, marginal=heights, key=angle_key, **sizes
+            )
         turn = Projective(random_rotation(n + 1, key=turn_key))
         cylinder = Cylindrical(n)
         return Chain([Invert(turn), Invert(cylinder), bend, cylinder, turn])

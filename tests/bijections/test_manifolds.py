@@ -14,6 +14,7 @@ from scipy import stats
 from laminar import zoo
 from laminar._errors import InputError, ShapeError
 from laminar.bijections.amortized import amortized
+from laminar.bijections.autoregressive import masked_autoregressive
 from laminar.bijections.base import Identity, Invert, call
 from laminar.bijections.circle import CircleMoebius
 from laminar.bijections.compose import Chain, Independent, Permute, Repeat, Stack
@@ -22,6 +23,7 @@ from laminar.bijections.linear import LU
 from laminar.bijections.manifolds import Cylindrical, ExponentialMap, Projective, SphereMoebius
 from laminar.bijections.rotations import QuaternionMap, RotationCoupling
 from laminar.bijections.simplex import Softmax, StickBreaking
+from laminar.bijections.splines import RationalQuadratic
 from laminar.diagnose import check
 from laminar.directional import Dirichlet, PowerSpherical, UniformOn, VonMisesFisher
 from laminar.distributions import Normal, Uniform
@@ -335,12 +337,30 @@ def test_what_is_off_the_manifold_has_no_density():
     assert UniformOn(Simplex(2)).log_prob(jnp.asarray([0.0, 1.0])) == -jnp.inf
 
 
-def test_the_density_of_a_torus_closes():
-    flow = shaken(zoo.torus(3, key=jr.key(0), bins=4, **SMALL), 0.4)
+@pytest.mark.parametrize("coupling", [True, False])
+def test_the_density_of_a_torus_closes(coupling):
+    flow = shaken(zoo.torus(3, key=jr.key(0), bins=4, coupling=coupling, **SMALL), 0.4)
     x = jr.uniform(jr.key(1), (20, 3), minval=-3.1, maxval=3.1)
     for column in range(3):
         ends = [flow.log_prob(x.at[:, column].set(end)) for end in (-math.pi, math.pi)]
         np.testing.assert_allclose(ends[0], ends[1], atol=1e-3)
+    np.testing.assert_allclose(flow.to_data(flow.to_latent(x)), x, atol=1e-3)
+
+
+def test_angles_may_follow_a_graph():
+    circle = RationalQuadratic(4, interval=CIRCLE, tails="circular")
+    sizes = {"width": 12, "depth": 2}
+    layer = masked_autoregressive(
+        4, circle, graph=((3,), (0, 3), (3,), ()), periodic=True, key=jr.key(0), **sizes
+    )
+    layer = randomise(layer, jr.key(1), 0.4)
+    x = jr.uniform(jr.key(2), (4, 9), minval=-3.1, maxval=3.1)
+    y, log_det = layer.forward(x)
+    back, log_det_back = layer.inverse(y)
+    np.testing.assert_allclose(back, x, atol=1e-4)
+    np.testing.assert_allclose(log_det_back, -log_det, atol=1e-4)
+    turned = layer.inverse(y.at[3].add(2 * math.pi))[0]
+    np.testing.assert_allclose(turned[:3], back[:3], atol=1e-4)
 
 
 # --- Composition ----------------------------------------------------------------------------------

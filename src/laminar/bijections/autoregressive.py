@@ -111,6 +111,7 @@ def masked_autoregressive(
     activation: Callable[[Array], Array] = jax.nn.relu,
     order: Array | None = None,
     graph: ArrayLike | Sequence[Sequence[int]] | None = None,
+    periodic: bool = False,
     key: PRNGKeyArray,
 ) -> MaskedAutoregressive:
     """Build a `MaskedAutoregressive` layer with a network that fits the template.
@@ -130,6 +131,7 @@ def masked_autoregressive(
             steps as the longest path of the graph has entries (Wehenkel & Louppe 2021, "Graphical
             Normalizing Flows"). In a stack of layers an entry depends on its ancestors, as far
             back as there are layers.
+        periodic: Whether entries are angles; see `laminar.nn.masked.MaskedMLP`.
         key: Draws the network's weights.
 
     Raises:
@@ -147,6 +149,7 @@ def masked_autoregressive(
         activation=activation,
         order=order,
         graph=graph,
+        periodic=periodic,
         key=key,
     )
     return MaskedAutoregressive(template, net)

@@ -28,7 +28,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
 from laminar.nn.graph import Graph, levels, parents_of, units_of
-from laminar.nn.mlp import affine, folds_bias, matmul
+from laminar.nn.mlp import affine, circular_features, folds_bias, matmul
 
 Step = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -67,6 +67,8 @@ class MaskedMLP(eqx.Module):
         graph: Instead of an order, which inputs each input depends on: an array (D, D) whose entry
             [i, j] is not zero where i depends on j, or a list of the parents of each input. Column
             i of the parameters then depends on the parents of i alone.
+        periodic: Whether inputs are angles; the first layer then sees their cosines and sines, so
+            that the network is continuous on the torus.
         key: Draws the weights, LeCun-normal over the connections that the mask leaves.
 
     Raises:
@@ -91,6 +93,7 @@ class MaskedMLP(eqx.Module):
     residual: bool = eqx.field(static=True)
     activation: Callable[[Array], Array] = eqx.field(static=True)
     graph: Graph | None = eqx.field(static=True)
+    periodic: bool = eqx.field(static=True, default=False)
     batch_last: ClassVar[bool] = True
 
     def __init__(
@@ -105,6 +108,7 @@ class MaskedMLP(eqx.Module):
         activation: Callable[[Array], Array] = jax.nn.relu,
         order: Array | None = None,
         graph: ArrayLike | Sequence[Sequence[int]] | None = None,
+        periodic: bool = False,
         key: PRNGKeyArray,
     ):
         for name, value in {"dim": dim, "params": params, "width": width, "depth": depth}.items():
@@ -112,6 +116,7 @@ class MaskedMLP(eqx.Module):
                 raise InputError(f"MaskedMLP: {name} must be at least 1, not {value}.")
         self.dim, self.params, self.width, self.depth = dim, params, width, depth
         self.cond_dim, self.residual, self.activation = cond_dim, residual, activation
+        self.periodic = periodic
         self.graph = None if graph is None else parents_of(graph, dim)
         if self.graph is not None:
             if order is not None:
@@ -146,13 +151,18 @@ class MaskedMLP(eqx.Module):
         """Allowed connections: input → unit, unit → unit, unit → parameters of an input."""
         if self.graph is not None:
             units = units_of(self.graph, self.width, self.cond_dim > 0)
-            return jnp.asarray(units.sees), jnp.asarray(units.hidden), jnp.asarray(units.head)
+            sees = jnp.tile(jnp.asarray(units.sees), (1, 1 + self.periodic))
+            return sees, jnp.asarray(units.hidden), jnp.asarray(units.head)
         degree = jnp.asarray(degrees(self.dim, self.width, self.cond_dim > 0))
         return (
-            degree[:, None] > self.order[None, :],
+            degree[:, None] > jnp.tile(self.order, 1 + self.periodic)[None, :],
             degree[:, None] >= degree[None, :],
             self.order[:, None] >= degree[None, :],
         )
+
+    def _seen(self, x: Array) -> Array:
+        """What the first layer sees of inputs."""
+        return circular_features(x) if self.periodic else x
 
     def _levels(self) -> tuple[np.ndarray, np.ndarray]:
         """From which step on each unit is final, and the step of each input in order."""
@@ -212,7 +222,7 @@ class MaskedMLP(eqx.Module):
     def units(self, x: Array, condition: Array | None = None) -> Array:
         """The last hidden units, ``(width, *batch)``."""
         first, hidden = self._masked_body()
-        h = matmul(first, x) + self._condition_term(condition, x.ndim)
+        h = matmul(first, self._seen(x)) + self._condition_term(condition, x.ndim)
 
         def product(j, a):
             return matmul(hidden[j], a) + expand(self.hidden_bias[j], x.ndim)
@@ -271,7 +281,9 @@ class MaskedMLP(eqx.Module):
         # Inputs of one step are put side by side. Where each has a step of its own they stay in
         # their places instead, which spares reordering the result.
         if not alone:
-            first = jnp.pad(first[:, place], [(0, 0), (0, y_padding)])
+            halves = jnp.split(first, 1 + self.periodic, axis=1)
+            padded = [jnp.pad(half[:, place], [(0, 0), (0, y_padding)]) for half in halves]
+            first = jnp.concatenate(padded, 1)
         y, log_det = jnp.zeros((self.dim + y_padding, *batch), x.dtype), jnp.zeros(batch, x.dtype)
         if begin:
             now = place[: int((step_of == 0).sum())]
@@ -317,7 +329,7 @@ class MaskedMLP(eqx.Module):
                 # Likewise inputs past the end of this step, whose parameters are not final.
                 return values if even else jnp.where(expand(at["y_valid"], ndim), values, 0)
 
-            h = matmul(at["first"], y) + at["offset"]
+            h = matmul(at["first"], self._seen(y)) + at["offset"]
             h = put(-1, self._body(h, product))
             theta = matmul(at["head"], h)
             theta = theta if folded else theta + expand(at["bias"], ndim + 1)

@@ -336,8 +336,13 @@ class Periodic(eqx.Module):
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """What the network gives for the points of the circles."""
-        x = jnp.where(jnp.isinf(x), 0, x)  # no angle, and its own map says so
-        return self.net(jnp.concatenate([jnp.cos(x), jnp.sin(x)]), condition)
+        return self.net(circular_features(x), condition)
+
+
+def circular_features(x: Array) -> Array:
+    """The cosines and sines of angles ``(n, *batch)``, as ``(2 n, *batch)``."""
+    x = jnp.where(jnp.isinf(x), 0, x)  # no angle, and its own map says so
+    return jnp.concatenate([jnp.cos(x), jnp.sin(x)])
 
 
 def apply_network(
