@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from cases import randomise
 
 import laminar
 from laminar import matching
 from laminar._errors import InputError
-from laminar.bijections.compose import Chain
+from laminar.bijections.compose import Chain, repeat
 from laminar.bijections.continuous import Continuous
 from laminar.bijections.elementwise import Affine
 from laminar.objectives import Batch, nll
@@ -200,6 +201,28 @@ def test_rnode_is_the_likelihood_and_a_price():
         jr.key(2), flow, _mixture(0, 200), objective=laminar.rnode(), steps=20, batch_size=64
     )
     assert history.best_loss < history.validation[0]
+
+
+def test_the_program_of_a_stack_does_not_grow_with_its_layers():
+    batch = Batch(jr.normal(jr.key(1), (4, 2)))
+
+    def size(flow, objective):
+        return len(str(eqx.filter_make_jaxpr(objective)(flow, batch, jr.key(0))[0]))
+
+    def standardised(layers):
+        after = repeat(lambda key: Affine(shape=(2,)), layers, key=jr.key(2))
+        return laminar.Flow(laminar.Normal(2), Chain([_cnf().bijection, after]))
+
+    for make, objective in (
+        (lambda layers: _cnf(layers=layers, fixed_steps=2), laminar.rnode()),
+        (standardised, laminar.flow_matching()),
+    ):
+        assert size(make(6), objective) < 1.1 * size(make(2), objective)
+    deep = _cnf(layers=2, fixed_steps=8, times=1)
+    deep = eqx.tree_at(lambda f: f.bijection, deep, randomise(deep.bijection, jr.key(4), 0.3))
+    np.testing.assert_allclose(
+        laminar.rnode(0, 0)(deep, batch)[0], nll(deep, batch)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_misuse_is_named():

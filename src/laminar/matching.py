@@ -11,14 +11,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 from jax import lax
 
 from laminar._errors import InputError
 from laminar._params import Frozen
-from laminar._typing import Array, PRNGKeyArray
+from laminar._typing import Array, Condition, PRNGKeyArray
 from laminar.bijections.base import AbstractTransform, call
 from laminar.bijections.compose import Chain, Repeat
-from laminar.bijections.continuous import Continuous
+from laminar.bijections.continuous import Continuous, Energies
 from laminar.density import AbstractDistribution
 from laminar.flow import Flow
 from laminar.objectives import Batch, take_rows, weighted_mean
@@ -187,56 +188,93 @@ class Regularised(eqx.Module):
     ) -> tuple[Array, dict[str, Array]]:
         """The loss of the batch."""
         inner, z, condition = take_rows("rnode", flow, batch)
-        base, parts = _parts("rnode", inner)
-        keys = [None] * (len(parts) + 1) if key is None else list(jr.split(key, len(parts) + 1))
-        log_det = kinetic = jacobian = jnp.zeros(z.shape[-1:], z.dtype)
-        for part in reversed(parts):
-            if isinstance(part, Continuous):
-                z, energies = part.energies("inverse", z, condition, key=keys.pop())
-                log_det = log_det + energies.log_det
-                kinetic, jacobian = kinetic + energies.kinetic, jacobian + energies.jacobian
-            else:
-                z, gained = call(part, "inverse", z, condition, key=keys.pop())
-                log_det = log_det + gained
-        log_p = base._log_prob(z, condition, key=keys.pop()) + log_det
+        flow_key, base_key = (None, None) if key is None else jr.split(key)
+        base, bijection, _ = _map("rnode", inner)
+        z, energies = _solved(bijection, z, condition, flow_key)
+        log_p = base._log_prob(z, condition, key=base_key) + energies.log_det
         (log_p, total), (kinetic, _), (jacobian, _) = (
-            weighted_mean(values, batch.weights) for values in (log_p, kinetic, jacobian)
+            weighted_mean(values, batch.weights)
+            for values in (log_p, energies.kinetic, energies.jacobian)
         )
         loss = self.kinetic * kinetic + self.jacobian * jacobian - log_p
         aux = {"log_prob": log_p, "kinetic": kinetic, "jacobian": jacobian, "weight": total}
         return loss, aux
 
 
-def _parts(
+def _solved(
+    part: AbstractTransform | Frozen, z: Array, condition: Condition, key: PRNGKeyArray | None
+) -> tuple[Array, Energies]:
+    """The latent of events with the batch last, and the energies on the way to it."""
+    if isinstance(part, Frozen):
+        return _solved(part.value, z, condition, key)
+    if isinstance(part, Continuous):
+        return part.energies("inverse", z, condition, key=key)
+    none = jnp.zeros(z.shape[-1:], z.dtype)
+    if _count(part) == 0:
+        z, log_det = call(part, "inverse", z, condition, key=key)
+        return z, Energies(log_det, none, none)
+
+    def add(state, layer, layer_key):
+        z, gained = _solved(layer, state[0], condition, layer_key)
+        return z, jtu.tree_map(jnp.add, state[1], gained)
+
+    state = z, Energies(none, none, none)
+    if isinstance(part, Repeat):
+        dynamic, static = eqx.partition(part.layers, eqx.is_array)
+        keys = None if key is None else jr.split(key, part.length)
+
+        def body(state, at):
+            return add(state, eqx.combine(at[0], static), at[1]), None
+
+        return lax.scan(body, state, (dynamic, keys), reverse=True)[0]
+    parts = part.parts if isinstance(part, Chain) else ()
+    keys = [None] * len(parts) if key is None else jr.split(key, len(parts))
+    for inner, inner_key in zip(reversed(parts), keys, strict=True):
+        state = add(state, inner, inner_key)
+    return state
+
+
+def _count(part: AbstractTransform | Frozen) -> int:
+    """How many `Continuous` there are in chains and repetitions."""
+    if isinstance(part, Frozen):
+        return _count(part.tree)
+    if isinstance(part, Chain):
+        return sum(_count(inner) for inner in part.parts)
+    if isinstance(part, Repeat):
+        return part.length * _count(part.layers)
+    return int(isinstance(part, Continuous))
+
+
+def _map(
     owner: str, flow: AbstractDistribution
-) -> tuple[AbstractDistribution, list[AbstractTransform]]:
-    """The base, and the parts of the bijection down to what is neither chain nor repetition."""
+) -> tuple[AbstractDistribution, AbstractTransform, int]:
+    """The base, the bijection, and how many `Continuous` it has: at least one."""
+    count = _count(flow.bijection) if isinstance(flow, Flow) else 0
+    if not isinstance(flow, Flow) or count == 0:
+        raise InputError(f"{owner}: {flow.name} is not a flow with a Continuous part, such as cnf.")
+    return flow._base, flow.bijection, count
+
+
+def _around(owner: str, flow: AbstractDistribution):
+    """The base, the parts before the one `Continuous`, itself, and those after."""
+    base, bijection, count = _map(owner, flow)
+    if count > 1:
+        raise InputError(
+            f"{owner}: the flow has {count} Continuous parts, and a path from base to data "
+            "has one velocity; use a single one (layers=1)."
+        )
 
     def flat(part):
         part = part.value if isinstance(part, Frozen) else part
         if isinstance(part, Chain):
             return [piece for inner in part.parts for piece in flat(inner)]
-        if isinstance(part, Repeat):
-            return [piece for i in range(part.length) for piece in flat(part.layer(i))]
+        if isinstance(part, Repeat) and _count(part):
+            return flat(part.layer(0))
         return [part]
 
-    parts = flat(flow.bijection) if isinstance(flow, Flow) else []
-    if not isinstance(flow, Flow) or not any(isinstance(part, Continuous) for part in parts):
-        raise InputError(f"{owner}: {flow.name} is not a flow with a Continuous part, such as cnf.")
-    return flow._base, parts
-
-
-def _around(owner: str, flow: AbstractDistribution):
-    """The base, the parts before the one `Continuous`, itself, and those after."""
-    base, parts = _parts(owner, flow)
-    found = [(i, part) for i, part in enumerate(parts) if isinstance(part, Continuous)]
-    if len(found) > 1:
-        raise InputError(
-            f"{owner}: the flow has {len(found)} Continuous parts, and a path from base to data "
-            "has one velocity; use a single one (layers=1)."
-        )
-    at, part = found[0]
-    return base, parts[:at], part, parts[at + 1 :]
+    parts = flat(bijection)
+    at = next(i for i, part in enumerate(parts) if isinstance(part, Continuous))
+    return base, parts[:at], parts[at], parts[at + 1 :]
 
 
 def _times(key: PRNGKeyArray, count: int, dtype) -> Array:
