@@ -247,7 +247,7 @@ def _count(part: AbstractTransform | Frozen) -> int:
 
 def _map(
     owner: str, flow: AbstractDistribution
-) -> tuple[AbstractDistribution, AbstractTransform, int]:
+) -> tuple[AbstractDistribution, AbstractTransform | Frozen, int]:
     """The base, the bijection, and how many `Continuous` it has: at least one."""
     count = _count(flow.bijection) if isinstance(flow, Flow) else 0
     if not isinstance(flow, Flow) or count == 0:
