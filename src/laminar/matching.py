@@ -5,7 +5,7 @@ solves no equation. The density afterwards is that of the same flow: exact, up t
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -264,7 +264,7 @@ def _around(owner: str, flow: AbstractDistribution):
             "has one velocity; use a single one (layers=1)."
         )
 
-    def flat(part):
+    def flat(part: Any) -> list[AbstractTransform]:
         part = part.value if isinstance(part, Frozen) else part
         if isinstance(part, Chain):
             return [piece for inner in part.parts for piece in flat(inner)]
@@ -273,8 +273,8 @@ def _around(owner: str, flow: AbstractDistribution):
         return [part]
 
     parts = flat(bijection)
-    at = next(i for i, part in enumerate(parts) if isinstance(part, Continuous))
-    return base, parts[:at], parts[at], parts[at + 1 :]
+    at, part = next((i, p) for i, p in enumerate(parts) if isinstance(p, Continuous))
+    return base, parts[:at], part, parts[at + 1 :]
 
 
 def _times(key: PRNGKeyArray, count: int, dtype) -> Array:
