@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from cases import randomise
 
-from laminar import _stacks, zoo
+from laminar import zoo
 from laminar._errors import InputError
 from laminar.bijections.base import Invert
 from laminar.bijections.splines import RationalQuadratic
 from laminar.distributions import StudentT
 from laminar.nn.masked import MaskedMLP
+from laminar.zoo import stacks
 
 SMALL = {"layers": 3, "width": 16, "depth": 1}
 
@@ -84,7 +85,7 @@ def test_nice_mixes_at_random_and_keeps_volume(mixing):
 @pytest.mark.parametrize("dim", [2, 5])
 def test_random_permutations_never_let_the_same_half_pass_twice(dim):
     for seed in range(5):
-        orders = np.asarray(_stacks.random_orders(dim, 9, jr.key(seed)))
+        orders = np.asarray(stacks.random_orders(dim, 9, jr.key(seed)))
         assert (np.sort(orders, axis=1) == np.arange(dim)).all()
         halves = orders < dim // 2
         assert (halves[1:] != halves[:-1]).any(axis=1).all()
@@ -109,7 +110,7 @@ def test_triangular_sylvester_layers_take_turns_in_their_order():
 
 
 def test_orders_come_in_opposite_pairs():
-    orders = np.asarray(_stacks.paired_orders(6, 5, jr.key(0)))
+    orders = np.asarray(stacks.paired_orders(6, 5, jr.key(0)))
     assert orders.shape == (5, 6)
     np.testing.assert_array_equal(orders[0], np.arange(6))
     np.testing.assert_array_equal(orders[0::2][:2] + orders[1::2], np.full((2, 6), 5))

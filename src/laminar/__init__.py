@@ -173,11 +173,11 @@ if TYPE_CHECKING:
     from laminar.zoo import realnvp as realnvp
     from laminar.zoo import residual as residual
     from laminar.zoo import sylvester as sylvester
-    from laminar.zoo_images import glow as glow
-    from laminar.zoo_images import tarflow as tarflow
-    from laminar.zoo_manifolds import rotations as rotations
-    from laminar.zoo_manifolds import sphere as sphere
-    from laminar.zoo_manifolds import torus as torus
+    from laminar.zoo.images import glow as glow
+    from laminar.zoo.images import tarflow as tarflow
+    from laminar.zoo.manifolds import rotations as rotations
+    from laminar.zoo.manifolds import sphere as sphere
+    from laminar.zoo.manifolds import torus as torus
 
 _NAMES = {
     "laminar._errors": (
@@ -312,8 +312,8 @@ _NAMES = {
         "residual",
         "sylvester",
     ),
-    "laminar.zoo_images": ("glow", "tarflow"),
-    "laminar.zoo_manifolds": ("rotations", "sphere", "torus"),
+    "laminar.zoo.images": ("glow", "tarflow"),
+    "laminar.zoo.manifolds": ("rotations", "sphere", "torus"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = (

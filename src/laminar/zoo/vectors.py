@@ -1,4 +1,4 @@
-"""Builders of whole flows under the names the field knows them by.
+"""Builders of flows of vectors.
 
 Every builder takes ``dim`` and ``key`` and says which direction is cheap. All start as the
 identity, so the first density is that of the base. Layers are repeated by a scan: depth costs no
@@ -15,20 +15,6 @@ from typing import get_args
 import jax.random as jr
 
 from laminar._errors import InputError
-from laminar._stacks import (
-    MAX_LOG_SCALE,
-    Fast,
-    Mixing,
-    affine_template,
-    check_fast,
-    check_sizes,
-    conditioned,
-    flow_over,
-    paired_orders,
-    random_rotation,
-    rank_one,
-    stacked,
-)
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.amortized import amortized
 from laminar.bijections.base import AbstractTransform, Invert
@@ -44,13 +30,20 @@ from laminar.bijections.splines import RationalQuadratic
 from laminar.density import AbstractDistribution
 from laminar.flow import Flow
 from laminar.nn.lipschitz import LipschitzMLP
-from laminar.preset import Preset as Preset
-from laminar.preset import preset as preset
-from laminar.zoo_images import glow as glow
-from laminar.zoo_images import tarflow as tarflow
-from laminar.zoo_manifolds import rotations as rotations
-from laminar.zoo_manifolds import sphere as sphere
-from laminar.zoo_manifolds import torus as torus
+from laminar.zoo.stacks import (
+    MAX_LOG_SCALE,
+    Fast,
+    Mixing,
+    affine_template,
+    check_fast,
+    check_sizes,
+    conditioned,
+    flow_over,
+    paired_orders,
+    random_rotation,
+    rank_one,
+    stacked,
+)
 
 Graph = ArrayLike | Sequence[Sequence[int]] | None
 
@@ -539,21 +532,3 @@ def gaussianization(
         return Chain([Invert(turn), bend, ActNorm(dim), turn])
 
     return flow_over(base, dim, repeat(make, layers, key=key))
-
-
-BUILDERS = {
-    "nsf": nsf,
-    "maf": maf,
-    "iaf": iaf,
-    "realnvp": realnvp,
-    "residual": residual,
-    "gaussianization": gaussianization,
-    "nice": nice,
-    "naf": naf,
-    "bnaf": bnaf,
-    "planar": planar,
-    "radial": radial,
-    "sylvester": sylvester,
-}
-"""Builders by name, as the command line knows them: it fits by maximum likelihood, so without
-`cnf`."""

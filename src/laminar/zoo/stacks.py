@@ -140,6 +140,7 @@ def random_rotation(dim: int, *, key: PRNGKeyArray) -> Householder:
 
 
 def check_sizes(name: str, cond_dim: int, **sizes: int) -> None:
+    """Refuse sizes below one and a negative length of the condition."""
     for size, value in sizes.items():
         if value < 1:
             raise InputError(f"{name}: {size} must be at least 1, not {value}.")
@@ -148,6 +149,7 @@ def check_sizes(name: str, cond_dim: int, **sizes: int) -> None:
 
 
 def check_fast(name: str, fast: str) -> None:
+    """Refuse what is no direction."""
     if fast not in ("log_prob", "sample"):
         raise InputError(f"{name}: fast must be 'log_prob' or 'sample', not {fast!r}.")
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from laminar._errors import ShapeError
-from laminar._stacks import MAX_LOG_SCALE, check_sizes
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.attention import transformer_autoregressive
 from laminar.bijections.base import AbstractTransform, Invert
@@ -20,6 +19,7 @@ from laminar.bijections.masks import conv_coupling
 from laminar.density import AbstractDistribution
 from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.zoo.stacks import MAX_LOG_SCALE, check_sizes
 
 
 def glow(

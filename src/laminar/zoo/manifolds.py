@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 import jax.random as jr
 
-from laminar._stacks import check_sizes, conditioned, random_rotation
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
@@ -27,6 +26,7 @@ from laminar.directional import UniformOn
 from laminar.distributions import Uniform
 from laminar.flow import Flow
 from laminar.spaces import Rotations, Sphere
+from laminar.zoo.stacks import check_sizes, conditioned, random_rotation
 
 _CIRCLE = (-math.pi, math.pi)
 
