@@ -26,8 +26,8 @@ LIBRARIES = {
 ROWS = {
     "Scalar maps": [
         ("Affine and additive", "Affine Shift", "fzNntdi"),
-        ("Exponential, softplus, power", "Exp Softplus Power", "f"),
-        ("Sigmoid, logit, tanh", "Sigmoid logit Tanh LeakyTanh", "fd"),
+        ("Exponential, softplus, power", "Exp Softplus Power", "fzn"),
+        ("Sigmoid, logit, tanh", "Sigmoid logit Tanh LeakyTanh", "fnd"),
         ("Sinh–arcsinh", "SinhArcsinh", ""),
         ("Rational-quadratic spline", "RationalQuadratic", "fzNntdi"),
         ("Circular rational-quadratic spline", "RationalQuadratic", "zN"),
@@ -39,19 +39,19 @@ ROWS = {
         ("Bernstein polynomial", "Bernstein", "z"),
         ("Heavy tails", "TailTransform", ""),
         ("Quantiles of data", "QuantileMap", ""),
-        ("Any monotone function, inverted numerically", "NumericalInverse", ""),
+        ("Any monotone function, inverted numerically", "NumericalInverse", "f"),
     ],
     "Linear maps": [
-        ("Triangular", "Triangular", "d"),
-        ("LU", "LU", "ntd"),
+        ("Triangular", "Triangular", "fd"),
+        ("LU", "LU", "zNntd"),
         ("QR", "QR", "n"),
         ("SVD", "SVD", "n"),
-        ("Householder reflections", "Householder", "ni"),
+        ("Householder reflections", "Householder", "fni"),
         ("Cayley", "Cayley", ""),
         ("Matrix exponential", "MatrixExponential", ""),
         ("Low rank", "LowRank", "d"),
-        ("ActNorm", "ActNorm", "i"),
-        ("Permutations", "Permute", "fnzi"),
+        ("ActNorm", "ActNorm", "Nni"),
+        ("Permutations", "Permute", "fzNni"),
     ],
     "Layers and architectures": [
         ("Coupling, any scalar map inside", "Coupling coupling", "fztd"),
@@ -71,7 +71,7 @@ ROWS = {
         ("Sylvester", "Sylvester sylvester", "t"),
         ("Residual flow", "Residual residual LipschitzMLP", "Nti"),
         ("Gaussianization", "gaussianization", "z"),
-        ("A map of its own for each column", "Stack", ""),
+        ("A map of its own for each column", "Stack", "f"),
         ("Parameters of any map from a network", "Amortized amortized", ""),
     ],
     "Continuous flows": [
@@ -89,12 +89,12 @@ ROWS = {
         ("Rotations, SO(3)", "RotationCoupling QuaternionMap rotations", ""),
     ],
     "Images and sequences": [
-        ("Squeeze", "Squeeze", "i"),
+        ("Squeeze", "Squeeze", "Nni"),
         ("Haar wavelet", "Haar", "i"),
-        ("Invertible 1×1 convolution", "conv1x1 Positionwise", "nti"),
+        ("Invertible 1×1 convolution", "conv1x1 Positionwise", "Nnti"),
         ("Periodic convolution", "PeriodicConv", ""),
-        ("Checkerboard and channel masks", "MaskedCoupling conv_coupling", ""),
-        ("Multiscale", "multiscale Leading", "t"),
+        ("Checkerboard and channel masks", "MaskedCoupling conv_coupling", "d"),
+        ("Multiscale", "multiscale Leading", "Nnt"),
         ("Glow", "glow", "Nti"),
         ("Dequantisation, uniform and variational", "Dequantise", ""),
         (
@@ -130,8 +130,10 @@ the list of its modules: ✓ where it shows the row, ? where we did not find it.
 that it is missing: it may be there under another name, or take few lines to write. The releases
 of that time are {versions}.
 
-Every transform of laminar is tested by one [contract](check.md#a-bijection-of-your-own) in float32
-and float64, can be conditioned, and can be saved. No such statement is made of the others.
+Every bijection of laminar is tested by one [contract](check.md#a-bijection-of-your-own) in float32
+and float64 and can be saved; those with parameters take a condition, themselves or through
+`amortized`. Estimates, bounds and surjections have tests of their own, by statistics. No such
+statement is made of the others.
 """
 
 

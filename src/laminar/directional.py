@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.core import Tracer
-from jax.scipy.special import gammaln
+from jax.scipy.special import betaln, gammaln
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand, positive, positive_inverse
@@ -19,7 +19,7 @@ from laminar._typing import Array, ArrayLike, Shape
 from laminar.density import AbstractDistribution
 from laminar.spaces import AbstractSpace, Simplex, Sphere, unit
 
-_LOG_TWO, _LOG_TWO_PI = math.log(2), math.log(2 * math.pi)
+_LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class UniformOn(AbstractDistribution):
@@ -64,7 +64,7 @@ class UniformOn(AbstractDistribution):
 class VonMisesFisher(AbstractDistribution):
     r"""The von Mises–Fisher law of the sphere S² (Fisher 1953).
 
-        ln p(x) = κ (μᵀx − 1) − ln 2π − ln((1 − e^{−2κ}) / κ)
+        ln p(x) = −½ κ |x − μ|² − ln 2π − ln((1 − e^{−2κ}) / κ)
 
     Draws invert the distribution function of μᵀx, so they are exact and differentiable in both
     parameters. For other spheres see `PowerSpherical`.
@@ -105,9 +105,9 @@ class VonMisesFisher(AbstractDistribution):
 
     def _log_prob(self, x, condition=None, *, key=None):
         on, off = Sphere(2).clamp(x)
-        kappa, cosine = self.concentration, _cosine(self.direction, on)
+        kappa, square = self.concentration, _square_distance(self.direction, on)
         constant = _LOG_TWO_PI + jnp.log(-jnp.expm1(-2 * kappa) / kappa)
-        return jnp.where(off, -jnp.inf, kappa * (cosine - 1) - constant)
+        return jnp.where(off, -jnp.inf, -0.5 * kappa * square - constant)
 
     def _sample(self, key, batch=(), condition=None):
         height_key, turn_key = jr.split(key)
@@ -120,10 +120,10 @@ class VonMisesFisher(AbstractDistribution):
 class PowerSpherical(AbstractDistribution):
     r"""The power spherical law of S^n (De Cao & Aziz 2020), close to the von Mises–Fisher law.
 
-        ln p(x) = κ ln(1 + μᵀx) − (α + β) ln 2 − β ln π − ln Γ(α) + ln Γ(α + β)
+        ln p(x) = κ ln(1 − ¼ |x − μ|²) − 2 β ln 2 − β ln π − ln B(α, β) + ln Γ(β)
 
-    with β = n/2 and α = β + κ. Draws are exact, from a Beta variable, and differentiable in both
-    parameters.
+    with β = n/2 and α = β + κ, which is κ ln(1 + μᵀx) up to a constant. Draws are exact, from a
+    Beta variable, and differentiable in both parameters.
 
     Args:
         mean: The mean direction μ, ``(n + 1,)``, at any length but zero.
@@ -158,10 +158,11 @@ class PowerSpherical(AbstractDistribution):
         on, off = self.space.clamp(x)
         kappa, beta = self.concentration, 0.5 * (self.shape[0] - 1)
         alpha = kappa + beta
-        constant = (alpha + beta) * _LOG_TWO + beta * math.log(math.pi)
-        constant = constant + gammaln(alpha) - gammaln(alpha + beta)
-        above = jnp.maximum(1 + _cosine(self.direction, on), float(jnp.finfo(on.dtype).tiny))
-        return jnp.where(off, -jnp.inf, kappa * jnp.log(above) - constant)
+        constant = beta * math.log(4 * math.pi) - math.lgamma(beta)
+        constant = constant + betaln(alpha, jnp.asarray(beta, alpha.dtype))
+        quarter = 0.25 * _square_distance(self.direction, on)
+        quarter = jnp.minimum(quarter, 1 - float(jnp.finfo(on.dtype).eps))
+        return jnp.where(off, -jnp.inf, kappa * jnp.log1p(-quarter) - constant)
 
     def _sample(self, key, batch=(), condition=None):
         height_key, turn_key = jr.split(key)
@@ -222,9 +223,12 @@ class Dirichlet(AbstractDistribution):
         return self.space.project(jnp.moveaxis(share, -1, 0))
 
 
-def _cosine(direction: Array, x: Array) -> Array:
-    """The cosines of unit vectors ``(D, *batch)`` with a direction ``(D,)``."""
-    return jnp.sum(expand(unit(direction), x.ndim) * x, 0)
+def _square_distance(direction: Array, x: Array) -> Array:
+    """Squared distances of unit vectors ``(D, *batch)`` from a direction ``(D,)``.
+
+    Twice one minus the cosine, with the digits that the difference would lose.
+    """
+    return jnp.sum(jnp.square(x - expand(unit(direction), x.ndim)), 0)
 
 
 def _around(direction: Array, share: Array, noise: Array) -> Array:

@@ -15,11 +15,12 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from laminar._typing import Array, Shape
 
 TOLERANCE = 1e-3
-"""How far a point may stand off its manifold, in any coordinate, and count as rounded."""
+"""How far a point may stand off its manifold and count as rounded."""
 _FAR = 1e6  # nothing beyond is near a manifold, and no square of it overflows
 _NONE = 1e-12  # squared length of a vector that has no direction
 
@@ -72,7 +73,7 @@ class AbstractSpace(abc.ABC):
         """
         axes = tuple(range(len(self.shape)))
         on = jnp.where(jnp.any(jnp.isnan(x), axes, keepdims=True), jnp.nan, self.project(x))
-        return on, jnp.max(jnp.abs(x - on), axes) > TOLERANCE
+        return on, jnp.sum(jnp.square(x - on), axes) > TOLERANCE**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +176,10 @@ class Simplex(AbstractSpace):
         return jnp.where(none, 1 / self.parts, x / jnp.where(none, 1, total))
 
     def clamp(self, x: Array) -> tuple[Array, Array]:
-        """See `AbstractSpace.clamp`; a part that is not positive is off too."""
-        on, off = super().clamp(x)
-        return on, off | jnp.any(x <= 0, 0)
+        """See `AbstractSpace.clamp`: here by the sum; a part below `least` is off too."""
+        on, _ = super().clamp(x)
+        off = jnp.abs(jnp.sum(x, 0) - 1) > TOLERANCE
+        return on, off | jnp.any(x < least(x.dtype), 0)
 
     def tangents(self, points: np.ndarray) -> np.ndarray:
         """One basis of the vectors that sum to zero."""
@@ -247,7 +249,10 @@ def least(dtype) -> float:
 
 def unit(x: Array) -> Array:
     """Vectors ``(D, *batch)`` at length one; the first axis where there is no direction."""
-    x = jnp.clip(x, -_FAR, _FAR)
+    largest = float(jnp.finfo(x.dtype).max) ** 0.75
+    x = jnp.clip(x, -largest, largest)
+    # Of length one or so, whose square is of use, and the same direction.
+    x = x / lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), 0), 1))[None]
     square = jnp.sum(x * x, 0)
     none = square < _NONE
     axis = (jnp.arange(x.shape[0]) == 0).astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))

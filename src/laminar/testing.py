@@ -21,6 +21,8 @@ from laminar._errors import InputError, LaminarError
 from laminar._params import partition
 from laminar._typing import Array, PRNGKeyArray
 from laminar.bijections.base import AbstractTransform, Direction, call
+from laminar.bijections.compose import Chain
+from laminar.bijections.elementwise import Affine, Exp, Sigmoid
 from laminar.diagnose import estimates
 from laminar.distributions import Normal
 from laminar.flow import Flow
@@ -137,12 +139,14 @@ def check_bijection(
     if other is None:
         other = _changed(bijection)
     found: list[Check] = []
-    findings = _findings if bijection.exactness == "exact" else _estimate_findings
     for dtype in ("float32", "float64") if float64 else ("float32",):
         with jax.enable_x64(dtype == "float64"):
             pair = [_cast(b, dtype) for b in (bijection, other)]
             inputs = _draw(bijection, key, domain, image, edges, dtype)
-            found += findings(pair, inputs, dtype, slack)
+            if bijection.exactness == "exact":
+                found += _findings(pair, inputs, dtype, slack)
+            else:
+                found += _estimate_findings(pair, inputs, dtype, slack, domain)
     report = Report(bijection.name, tuple(found))
     for check in report.checks:
         if throw and not check.passed:
@@ -422,7 +426,7 @@ def _judge(bijection, direction, side, out, dtype, budget) -> list[Check]:
     return found
 
 
-def _estimate_findings(pair, inputs, dtype, slack) -> list[Check]:
+def _estimate_findings(pair, inputs, dtype, slack, domain) -> list[Check]:
     """What holds of estimates and bounds, under random keys."""
     traces = 0
 
@@ -445,7 +449,7 @@ def _estimate_findings(pair, inputs, dtype, slack) -> list[Check]:
     for direction, side, out in zip(("forward", "inverse"), inputs, results, strict=False):
         found += _judge_estimate(bijection, direction, side, out, condition, dtype, budget)
     if bijection.exactness == "bound":
-        score, detail = _overstatement(bijection, condition)
+        score, detail = _overstatement(bijection, condition, domain)
         found.append(Check("the bound holds", dtype, score, estimates.Z_SCORE, detail))
     detail = "Two instances made alike were compiled twice."
     return [*found, Check("one trace", dtype, traces - 1, 0, detail)]
@@ -522,13 +526,25 @@ def _judge_estimate(bijection, direction, side, out, condition, dtype, budget) -
     return found
 
 
-def _overstatement(bijection, condition) -> tuple[float, str]:
-    """The mass of a bound over a standard normal base, against samples."""
-    flow = Flow(Normal(bijection.in_shape), bijection)
+def _overstatement(bijection, condition, domain: Interval) -> tuple[float, str]:
+    """The mass of a bound over a normal base, squashed into its domain, against samples."""
+    shape = bijection.in_shape
+    flow = Flow(Normal(shape), Chain([*_into(domain, shape), bijection]))
     first = None if condition is None else condition[..., 0]
     sample_key, key = jr.split(jr.key(3))
     samples = np.asarray(flow.sample(sample_key, (4096,), first), np.float64).reshape(4096, -1)
     return estimates.overstatement(flow, first, samples, np.random.default_rng(0), key)
+
+
+def _into(domain: Interval, shape) -> list:
+    """Maps from all numbers into an interval."""
+    low, high = domain
+    if math.isfinite(low) and math.isfinite(high):
+        return [Sigmoid(shape), Affine(low, high - low, shape=shape)]
+    if math.isfinite(low) or math.isfinite(high):
+        end, sign = (low, 1.0) if math.isfinite(low) else (high, -1.0)
+        return [Exp(shape), Affine(end, sign, shape=shape)]
+    return []
 
 
 def _eager(bijection, direction, side, condition, out, dtype, budget) -> Check:

@@ -220,3 +220,14 @@ def test_dequantisation_names_misuse():
         PeriodicConv((1, 4), 2)
     with pytest.raises(ShapeError, match="three axes"):
         PeriodicConv((4,))
+
+
+def test_cells_too_narrow_for_the_precision_are_refused():
+    with pytest.raises(InputError, match="too narrow for float32; take float64 or fewer levels"):
+        Dequantise((1,), 2**22).inverse(jnp.array([5.0]), key=jr.key(0))
+    # 16 bits are not.
+    image = Dequantise((64,), 2**16)
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2**16, 64), jnp.float32)
+    for seed in range(20):
+        y, _ = image.inverse(x, key=jr.key(seed))
+        assert (image.forward(y)[0] == x).all()

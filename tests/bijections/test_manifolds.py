@@ -491,3 +491,44 @@ def test_a_base_may_be_trained():
     assert jnp.isfinite(moved).all()
     assert jnp.abs(moved).max() > 0
     assert isinstance(zoo.torus(2, key=jr.key(0), **SMALL).base, Uniform)
+
+
+def test_points_off_a_manifold_are_told_in_many_dimensions_too():
+    parts = UniformOn(Simplex(1000))
+    assert parts.log_prob(jnp.full(1000, 0.0018)) == -jnp.inf
+    assert jnp.isfinite(parts.log_prob(jnp.full(1000, 0.001)))
+    sphere = UniformOn(Sphere(2999))
+    point = sphere.sample(jr.key(0), ())
+    assert jnp.isfinite(sphere.log_prob(point))
+    assert sphere.log_prob(1.05 * point) == -jnp.inf
+
+
+def test_directions_of_any_length_are_themselves():
+    np.testing.assert_allclose(unit(jnp.array([4e6, 1e6, 0])), [0.970143, 0.242536, 0], rtol=1e-5)
+    np.testing.assert_allclose(unit(jnp.array([3e20, 4e20])), [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(unit(jnp.array([3e-5, 4e-5])), [0.6, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("law", [VonMisesFisher, PowerSpherical])
+def test_narrow_laws_keep_their_digits(law):
+    kappa, mean = 1e6, np.array([0.36, 0.48, 0.8])
+    narrow = law(mean, kappa)
+    x = np.asarray(narrow.sample(jr.key(0), (200,)), np.float64)
+    unit_mean = np.asarray(mean, np.float32).astype(np.float64)
+    unit_mean /= np.linalg.norm(unit_mean)
+    square = ((x - unit_mean) ** 2).sum(1)
+    if law is VonMisesFisher:
+        truth = -0.5 * kappa * square - np.log(2 * np.pi) + np.log(kappa)
+    else:
+        truth = kappa * np.log1p(-square / 4) - np.log(4 * np.pi) + np.log(kappa + 1)
+    # The points themselves are rounded, which moves the exponent by as much as this.
+    allowed = 1e-3 + 2 * kappa * np.sqrt(square) * 1.2e-7
+    found = np.asarray(narrow.log_prob(jnp.asarray(x, jnp.float32)), np.float64)
+    assert (np.abs(found - truth) < allowed).all()
+
+
+@pytest.mark.slow
+def test_a_law_too_narrow_to_integrate_is_not_called_wrong():
+    report = check(VonMisesFisher([0.0, 0.0, 1.0], 1e6), key=jr.key(0), n=64)
+    assert report.passed
+    assert "too narrow" in str(report)

@@ -14,9 +14,10 @@ from cases import randomise
 from laminar import io
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, partition
-from laminar.bijections.base import call
-from laminar.bijections.compose import Chain
+from laminar.bijections.base import Identity, Invert, call
+from laminar.bijections.compose import Chain, Independent, Indexed
 from laminar.bijections.elementwise import Affine, Exp
+from laminar.bijections.image import Positionwise
 from laminar.bijections.linear import Triangular
 from laminar.bijections.surjections import AbsoluteValue, Ordered, Slice, Sort
 from laminar.diagnose import check
@@ -302,3 +303,18 @@ def test_training_reaches_the_flow_and_the_law_and_narrows_the_bound():
     best = -float(MultivariateNormal(LOC[:2], COVARIANCE[:2, :2]).log_prob(rows).mean())
     found = -float(flow.log_prob(rows, key=jr.key(3)).mean())
     assert best - 0.02 < found < best + 0.05
+
+
+def test_what_draws_is_not_taken_for_a_bijection():
+    """Exact as it is, it has no inverse, and parts that pass no key on cannot sample it."""
+    signs = AbsoluteValue((3,), loses="inverse")
+    makers = (
+        lambda: Invert(signs),
+        lambda: Invert(Chain([Identity((3,)), signs])),
+        lambda: Positionwise(signs, (2, 2)),
+        lambda: Independent(signs, 2),
+        lambda: Indexed(signs, [0, 1, 2], 4),
+    )
+    for make in makers:
+        with pytest.raises(ShapeError, match="draws what it samples"):
+            make()

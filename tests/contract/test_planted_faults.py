@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from laminar._errors import InputError
 from laminar.bijections.base import AbstractBijection, AbstractTransform
+from laminar.bijections.dequantise import Dequantise
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.simplex import Softmax
 from laminar.diagnose import check
@@ -135,6 +136,8 @@ class Estimate(AbstractTransform):
         match self.fault:
             case "biased":
                 log_det = log_det + 0.1 * sign
+            case "biased backwards":
+                log_det = log_det + 0.1 * (sign < 0)
             case "too high":
                 log_det = log_det + 0.25
             case "too high there":
@@ -305,6 +308,7 @@ def test_an_exact_map_that_uses_a_key_is_caught():
     [
         ("unbiased", "none", None),
         ("unbiased", "biased", "log-det estimates are unbiased"),
+        ("unbiased", "biased backwards", "log-det estimates are unbiased"),
         ("bound", "none", None),
         ("bound", "too high", "log_prob is a lower bound"),
         ("bound", "too high there", "log_prob is a lower bound"),
@@ -315,6 +319,48 @@ def test_check_of_a_flow_catches_it_too(exactness, fault, name):
     report = check(Flow(Normal(2), Estimate(exactness, fault)), key=jr.key(0), n=64)
     assert report.passed == (name is None), str(report)
     assert name is None or report[name].passed is False
+
+
+class LoudCells(AbstractTransform):
+    """Dequantisation whose way to the latents claims more than it may."""
+
+    inner: Dequantise
+    by: float = eqx.field(static=True)
+    cond_shape: None = None
+    batch_last: ClassVar[bool] = True
+
+    @property
+    def in_shape(self):
+        return self.inner.in_shape
+
+    @property
+    def out_shape(self):
+        return self.inner.out_shape
+
+    @property
+    def exactness(self):
+        return "bound"
+
+    def forward(self, x, condition=None, *, key=None):
+        return self.inner.forward(x, condition, key=key)
+
+    def inverse(self, y, condition=None, *, key=None):
+        x, log_det = self.inner.inverse(y, condition, key=key)
+        return x, log_det + self.by
+
+
+@pytest.mark.parametrize("by", [0.0, 1.5])
+def test_a_bound_with_a_bounded_domain_is_held_to_it(by):
+    report = check_bijection(
+        LoudCells(Dequantise((2,), 4), by),
+        key=jr.key(0),
+        domain=(0.0, 1.0),
+        image=(0.0, 3.0),
+        float64=False,
+        throw=False,
+    )
+    held = [check.passed for check in report.checks if check.name == "the bound holds"]
+    assert held == [by == 0]
 
 
 def test_report_lists_failures_without_raising():

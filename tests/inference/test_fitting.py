@@ -391,6 +391,7 @@ class Failing(AbstractDistribution):
     """The unit normal law, whose density cannot be computed at one point of every hundred."""
 
     normal: Normal
+    everywhere: bool = False
     cond_shape: None = None
 
     @property
@@ -409,6 +410,7 @@ class Failing(AbstractDistribution):
 
     def _log_prob(self, x, condition=None, *, key=None):
         fails = jnp.floor(jnp.abs(x[0]) * 1e4) % 100 == 7
+        fails = fails | self.everywhere
         return jnp.where(fails, jnp.nan, self.normal._log_prob(x, condition))
 
 
@@ -421,6 +423,7 @@ def test_densities_that_fail_now_and_then_are_told_and_do_not_decide():
     lost = missed(jr.key(3), flow, target, places, evidence)
     assert len(lost.places) == 0
     assert lost.failures > 0
+    assert len(missed(jr.key(3), Failing(Normal((3,)), True), target, places, evidence).places)
     drift = find_drift(jr.key(4), flow, target, found.z, found.log_p, found.weights, evidence)
     assert not drift.significant
     verdict = judge(target, found, found, Gap(0.0, 0.0), drift, places, lost)

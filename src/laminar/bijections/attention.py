@@ -71,7 +71,8 @@ class TransformerAutoregressive(AbstractBijection):
         """Parameters and hidden units of all tokens, or the keys and values of all layers."""
         net, length = self.net, self.in_shape[1]
         held = 2 * net.depth if direction == "forward" else 8
-        return net.params * math.prod(self.in_shape) + held * net.width * length
+        scores = 0 if direction == "forward" else net.blocks.heads * length**2
+        return net.params * math.prod(self.in_shape) + held * net.width * length + scores
 
     def forward(self, x, condition=None, *, key=None):
         """Latent → data, token by token."""

@@ -123,6 +123,11 @@ class AbstractTransform(eqx.Module):
         """
         return self
 
+    @property
+    def draws(self) -> bool:
+        """Whether ``forward`` needs a key though the log-det of ``inverse`` is exact."""
+        return False
+
     def row_cost(self, direction: Direction) -> int:
         """About how many scalars the work on one event holds at once: it sets the chunk size."""
         return 8 * max(math.prod(self.in_shape), math.prod(self.out_shape), 8)
@@ -244,9 +249,14 @@ def check_joints(owner: str, parts: Sequence[AbstractTransform]) -> None:
 
 
 def check_flat(owner: str, part: AbstractTransform, *, exact: bool = True) -> None:
-    """Refuse a part on a manifold, whose product with others is none that could be named."""
+    """Refuse a part on a manifold, whose product with others is none that could be named.
+
+    And, if it must be `exact`, one that is not, or one that draws when it samples.
+    """
     if exact and part.exactness != "exact":
         raise ShapeError(f"{owner} takes an exact bijection, not {part.name}.")
+    if exact and any(step.draws for step in part.steps()):
+        raise ShapeError(f"{owner} takes a bijection, and {part.name} draws what it samples.")
     if (part.in_space, part.out_space) != (None, None):
         raise ShapeError(
             f"{owner} takes no parts on manifolds: {part.name} maps {part.in_space} to "
@@ -292,6 +302,11 @@ class Invert(AbstractTransform):
         if self.bijection.exactness == "bound":
             raise ShapeError(
                 f"Invert takes no bounds, and {self.bijection.name} is declared 'bound'."
+            )
+        if any(step.draws for step in self.bijection.steps()):
+            raise ShapeError(
+                f"Invert: {self.bijection.name} draws what it samples, so its inverse would be a "
+                "bound; build it with loses='forward'."
             )
 
     @property

@@ -78,7 +78,7 @@ class Coupling(AbstractBijection):
         else:
             self.cond_shape = (cond_dim,) if cond_dim else None
         n = _check_split(shape, n_identity, cond_dim)
-        self.template = check_template(template)
+        self.template = check_template("Coupling", template)
         self.net = net
         self.marginal = marginal
         self.n_identity = n
@@ -86,7 +86,7 @@ class Coupling(AbstractBijection):
         passed = (n, *shape[1:])
         if marginal is not None:
             _check_marginal(marginal, passed, self.cond_shape)
-        check_network(net, passed, self.cond_shape, self._head_shape, self.template)
+        check_network("Coupling", net, passed, self.cond_shape, self._head_shape, self.template)
 
     @property
     def out_shape(self) -> Shape:
@@ -192,7 +192,7 @@ def coupling(
         ShapeError: If the parts do not fit.
     """
     n = _check_split((dim,), n_identity, cond_dim)
-    scalar = check_template(template)
+    scalar = check_template("Coupling", template)
     net = MLP(
         2 * n if periodic else n,
         (scalar.params.shape[0], dim - n),
@@ -223,17 +223,17 @@ def _check_split(shape: Shape, n_identity: int | None, cond_dim: int | Shape) ->
     return n
 
 
-def check_template(template: AbstractTransform) -> AbstractElementwise:
+def check_template(owner: str, template: AbstractTransform) -> AbstractElementwise:
     """The template of a coupling layer as an elementwise map; errors say why it cannot be one."""
     if template.in_shape != () or template.out_shape != ():
         raise ShapeError(
-            f"Coupling: the template must be a scalar map of shape (), and {template.name} maps "
+            f"{owner}: the template must be a scalar map of shape (), and {template.name} maps "
             f"{template.in_shape} to {template.out_shape}."
         )
     scalar = as_elementwise(template)
     if scalar.params.shape[0] == 0:
         raise InputError(
-            f"Coupling: {template.name} has no parameters that a network could set; take a map "
+            f"{owner}: {template.name} has no parameters that a network could set; take a map "
             "such as Affine() or RationalQuadratic()."
         )
     return scalar
@@ -246,7 +246,8 @@ def _check_marginal(marginal: AbstractTransform, passed: Shape, cond_shape: Shap
             f"Coupling: the part that passes has shape {passed}, and marginal ({marginal.name}) "
             f"maps {marginal.in_shape} to {marginal.out_shape}."
         )
-    if marginal.exactness != "exact" or marginal.cond_shape not in (None, cond_shape):
+    drawn = any(step.draws for step in marginal.steps())
+    if drawn or marginal.exactness != "exact" or marginal.cond_shape not in (None, cond_shape):
         raise ShapeError(
             f"Coupling: marginal must be exact and take no condition but one of shape {cond_shape};"
             f" {marginal.name} is {marginal.exactness!r} and takes {marginal.cond_shape}."
@@ -254,6 +255,7 @@ def _check_marginal(marginal: AbstractTransform, passed: Shape, cond_shape: Shap
 
 
 def check_network(
+    owner: str,
     net: Callable,
     passed: Shape,
     cond_shape: Shape | None,
@@ -274,10 +276,10 @@ def check_network(
     try:
         out = jax.eval_shape(run, x, condition)
     except (TypeError, ValueError) as error:
-        raise ShapeError(f"Coupling: the network cannot take {takes}: {error}") from error
+        raise ShapeError(f"{owner}: the network cannot take {takes}: {error}") from error
     got = getattr(out, "shape", None)
     if got not in (wanted, (math.prod(wanted),)):
         raise ShapeError(
-            f"Coupling: the network must give {wanted} (parameters of {template.name}, transformed "
+            f"{owner}: the network must give {wanted} (parameters of {template.name}, transformed "
             f"entries) for {takes}, and gives {got}."
         )

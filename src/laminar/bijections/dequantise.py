@@ -24,6 +24,9 @@ from laminar.bijections.compose import Chain, Repeat, repeat
 from laminar.bijections.elementwise import Affine, Sigmoid
 from laminar.bijections.masks import checkerboard_mask, conv_coupling
 
+_LARGEST_MARGIN = 0.02
+"""Share of a cell at either end that noise may leave out."""
+
 
 class Dequantise(AbstractTransform):
     r"""Whole numbers 0, …, K−1 from points of (0, 1): x = ⌊K y⌋ in each entry.
@@ -89,7 +92,12 @@ class Dequantise(AbstractTransform):
 
     def _inside(self, u: Array) -> Array:
         """Away from the ends of the cell, so that rounding cannot move (x + u) / K to another."""
-        margin = 2 * self.levels * float(jnp.finfo(u.dtype).eps)
+        margin = 1.25 * self.levels * float(jnp.finfo(u.dtype).eps)
+        if margin > _LARGEST_MARGIN:
+            raise InputError(
+                f"{self.name}: cells of {self.levels:,} levels are too narrow for {u.dtype}; take "
+                "float64 or fewer levels."
+            )
         return clip(u, margin, 1 - margin)
 
     def _condition(self, x: Array) -> Array | None:

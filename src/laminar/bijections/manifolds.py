@@ -116,8 +116,8 @@ class SphereMoebius(AbstractOnSphere):
 
         y = (1 − |ω|²) / |x − ω|² (x − ω) − ω,    log_det = n ln((1 − |ω|²) / |x − ω|²)
 
-    It draws the sphere from one pole, −ω, to the other; the inverse is the map of −ω. With the raw
-    vector r, ω = r / (1 + √(1 + |r|²)); zero gives the identity.
+    It draws the sphere away from ω, towards the opposite pole; the inverse is the map of −ω. With
+    the raw vector r, ω = r / (1 + √(1 + |r|²)); zero gives the identity.
 
     Args:
         n: Dimension of the sphere.

@@ -73,10 +73,12 @@ class MaskedCoupling(AbstractBijection):
         *,
         cond_shape: Shape | None = None,
     ):
-        self.template = check_template(template)
+        self.template = check_template("MaskedCoupling", template)
         self.net, self.mask = net, jnp.asarray(mask, bool)
         self.in_shape, self.cond_shape = self.mask.shape, cond_shape
-        check_network(net, self.in_shape, cond_shape, self._head_shape, self.template)
+        check_network(
+            "MaskedCoupling", net, self.in_shape, cond_shape, self._head_shape, self.template
+        )
 
     @property
     def out_shape(self) -> Shape:
@@ -154,7 +156,7 @@ def conv_coupling(
     Raises:
         ShapeError: If the parts do not fit.
     """
-    scalar, shape = check_template(template), tuple(shape)
+    scalar, shape = check_template("conv_coupling", template), tuple(shape)
     passed = shape[0]
     if mask is None:
         passed = shape[0] // 2 if n_identity is None else n_identity

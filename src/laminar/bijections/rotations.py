@@ -40,8 +40,10 @@ class RotationCoupling(AbstractOnRotations):
     r"""One column of a rotation sets a Möbius map of the circle of the next (Liu et al. 2023).
 
     The first column c_1 in the order passes. The second lies on the circle of unit vectors across
-    c_1, which is turned by an angle α and drawn towards a point of the plane, ω = P r / (1 + √(1 +
-    |P r|²)), where P takes away what lies along c_1:
+    c_1, which is turned by an angle α and drawn away from a point of the plane, ω, where P takes
+    away what lies along c_1:
+
+        ω = P r / (1 + √(1 + |P r|²))
 
         c_2′ = h_ω(turn_α c_2),    h_ω(z) = (1 − |ω|²) / |z − ω|² (z − ω) − ω,    c_3′ = c_1 × c_2′
         log_det = ln((1 − |ω|²) / |turn_α c_2 − ω|²),    (r, α) = net(c_1, condition)

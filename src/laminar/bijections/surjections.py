@@ -111,6 +111,11 @@ class AbstractSurjection(AbstractTransform):
         """``"bound"`` if forward loses, else ``"exact"``."""
         return "bound" if self.loses == "forward" else "exact"
 
+    @property
+    def draws(self) -> bool:
+        """Whether inverse loses, so that forward draws."""
+        return self.loses == "inverse"
+
     def _run(self, direction: Direction, x, condition, key):
         # A condition that is needed and missing must not be taken for none.
         if self.cond_shape is None:

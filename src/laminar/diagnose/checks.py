@@ -280,7 +280,10 @@ class _Check:
             total, slack = total + found.exact, slack + found.excess
             if step.exactness != "exact":
                 allowed = self.budget * (self.dim + found.excess)
-                estimated.add(step, before, condition, found.exact, self.inner_key, allowed, place)
+                sides = ("forward", before, found.exact), ("inverse", at, -found.exact)
+                for direction, points, truth in sides:
+                    where_to = (step, direction, points, condition, truth, self.inner_key)
+                    estimated.add(*where_to, allowed, f"{place}, {direction}")
                 continue
             error = (np.abs(found.log_det - found.exact) / (self.dim + found.excess)).max()
             if not error <= worst:
@@ -348,6 +351,8 @@ class _Check:
         if not self.exact or self.dim > _MAX_INTEGRAL:
             if self.flow.exactness == "bound" and self.dim <= _MAX_INTEGRAL:
                 self.bound()
+            elif self.flow.exactness == "bound":
+                self.skip(_BOUND, f"{self.dim} dimensions are too many")
             for name in NAMES:
                 why = f"{self.dim} dimensions are too many"
                 self.skip(name, why if self.exact else f"the density is {self.flow.exactness}")
@@ -363,12 +368,16 @@ class _Check:
             self.lines.append(max(lines, key=badness))
 
     def bound(self) -> None:
-        """A lower bound against samples, at one condition."""
-        condition = None if not self.count else self.at(0)
-        measure = Measure(self.flow, condition, self.integral_key)
-        score, detail = estimates.overstatement(
-            self.flow, condition, measure.samples, measure.rng, self.inner_key
-        )
+        """A lower bound against samples, at the worst of one or two conditions."""
+        picks: list[Any] = [None] if not self.count else [0, self.count - 1][: self.count]
+        found = []
+        for pick, key in zip(picks, jr.split(self.integral_key, len(picks)), strict=True):
+            condition = self.at(pick)
+            measure = Measure(self.flow, condition, key)
+            samples = measure.samples, measure.rng
+            found.append(estimates.overstatement(self.flow, condition, *samples, self.inner_key))
+        # What could not be measured counts last.
+        score, detail = max(found, key=lambda one: -math.inf if math.isnan(one[0]) else one[0])
         if math.isnan(score):
             self.skip(_BOUND, detail)
         else:
@@ -420,11 +429,11 @@ class _Estimated:
         self.score, self.where = -1.0, ""
         self.bias, self.biased = 0.0, ""
 
-    def add(self, step, at, condition, truth, key, allowed, place) -> None:
-        """Measure one step at batch-last points."""
+    def add(self, step, direction, at, condition, truth, key, allowed, place) -> None:
+        """Measure one direction of a step at batch-last points."""
         if step.cond_shape is None:
             condition = None
-        found = estimates.bias(step, "forward", at, condition, truth, key)
+        found = estimates.bias(step, direction, at, condition, truth, key)
         if step.exactness == "biased":
             if np.abs(found.gap).max() >= self.bias:
                 self.bias, self.biased = float(np.abs(found.gap).max()), place

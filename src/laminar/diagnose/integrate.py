@@ -360,7 +360,7 @@ def on_manifold(
     from scipy.special import ndtri
     from scipy.stats import qmc
 
-    values, sums = [], []
+    values, squares, sums = [], [], []
     for _ in range(repetitions):
         cube = qmc.Sobol(space.noise, rng=rng).random_base2(log2_points)
         noise = ndtri(np.clip(cube, 1e-10, 1 - 1e-10)).T
@@ -369,10 +369,12 @@ def on_manifold(
         log_p = log_density(x)
         w = np.exp(log_p + space.log_volume)
         values.append(w.mean())
+        squares.append((w * w).mean())
         sums.append((w[:, None] * scale.statistics(x, log_p)).mean(0))
     value, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(repetitions)
     ratios = np.stack(sums) / np.where(np.array(values) > 0, values, np.nan)[:, None]
     spread = ratios.std(0, ddof=1) / math.sqrt(repetitions)
     count = repetitions * 2**log2_points
     means = np.sum(sums, 0) / np.sum(values)
-    return Integral(float(value), float(error), means, spread, 1.0, count)
+    effective = float(value**2 / np.mean(squares)) if value > 0 else 0.0
+    return Integral(float(value), float(error), means, spread, effective, count)

@@ -18,6 +18,7 @@ from laminar.mixtures import GaussianMixture
 
 _QUADRATURE = {1: 1e-3, 2: 3e-3, 3: 1e-2}
 _Z_SCORE = 5.5
+_FEWEST_EFFECTIVE = 100  # points of a manifold, for its integral
 _CHUNK = 8192
 _ENOUGH = 0.2  # effective share at which no other proposal is tried
 _MAX_KERNEL = 12  # dimensions
@@ -92,7 +93,7 @@ class Measure:
             found = integrate.on_manifold(
                 self.flow.space, self.log_density, Scale.of(self.samples), self.rng
             )
-            if found.error > 0.05:
+            if found.error > 0.05 or found.effective * found.evaluations < _FEWEST_EFFECTIVE:
                 return None, 0.0, "the density is too narrow for uniform points"
             how = f"{found.value:.4f} ± {found.error:.4f} by {found.evaluations} uniform points"
             return found, 2e-3 + 4 * found.error, how

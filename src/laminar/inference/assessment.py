@@ -290,9 +290,12 @@ def missed(
         unsure = 1 / np.square(shares).sum(1) < _TELLING
         # No density at all is as little as there can be, but must not decide by a single draw.
         lacking = np.minimum(log_p - log_q - log_evidence, _MOST_LACKING)
+        unknown = np.where(failed, shares, 0).sum(1)
         excess = np.where((shares > 0) & ~failed, shares * lacking, 0).sum(1)
         held = (mass - log_evidence > _LEAST_MASS) | (unsure & np.isfinite(mass))
-        return Missed(np.flatnonzero(held & (excess > _MISSED)), int(failed.sum()))
+        # Where most is unknown, so is whether it is covered.
+        lost = (unknown > 0.5) | (excess > _MISSED * (1 - unknown))
+        return Missed(np.flatnonzero(held & lost), int(failed.sum()))
 
 
 def judge(
@@ -345,7 +348,7 @@ def judge(
         findings.append(("do not trust", said))
     if drift is not None and drift.stuck:
         said = f"Chains took {drift.taken:.1%} of their steps, so that they say nothing."
-        findings.append(("good", said))
+        findings.append(("usable after reweighting", said))
     if lost.failures:
         said = (
             f"The flow's density could not be computed at {lost.failures:,} of "

@@ -271,6 +271,8 @@ class _Fitter:
             count = max(1, round(self.steps * part))
             again = self._train(round_key, refined.flow, objective, count, _REFINING_RATE)
             if again is None:
+                # What was sound before is given, and is judged as it is.
+                self.remarks.append(self.notes.pop())
                 break
             refined = self._look(look_key, again)
             if refined.suffices or self._late():

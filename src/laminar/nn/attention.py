@@ -77,10 +77,12 @@ class AttentionBlock(eqx.Module):
     def __call__(self, h: Array) -> Array:
         """All tokens at once, ``(width, T, B) -> (width, T, B)``."""
         q, k, v = self._heads(h)
-        scores = jnp.einsum("hdtb,hdsb->hbts", q, k)
+        # In full precision, as the steps are, or the two passes would differ on a GPU.
+        exact = lax.Precision.HIGHEST
+        scores = jnp.einsum("hdtb,hdsb->hbts", q, k, precision=exact)
         earlier = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
         weights = jax.nn.softmax(jnp.where(earlier, scores, -jnp.inf), axis=-1)
-        return self._finish(h, jnp.einsum("hbts,hdsb->hdtb", weights, v))
+        return self._finish(h, jnp.einsum("hbts,hdsb->hdtb", weights, v, precision=exact))
 
     def step(self, h: Array, cache: Array, layer: Array, t: Array) -> tuple[Array, Array]:
         """The token at t alone.

@@ -163,11 +163,12 @@ def fit(
         TrainingError: If training stays non-finite; it names the step, the part of the flow and
             the rows.
     """
-    if type(flow) in OTHER_DOORS:
+    door = next((door for kind, door in OTHER_DOORS.items() if isinstance(flow, kind)), None)
+    if door is not None:
         given = _options_given(locals())
         shown = (checkpoint, resume, progress, given)
         arguments = (key, flow, data, condition, weights, validation, time_limit, *shown)
-        return OTHER_DOORS[type(flow)](*arguments)
+        return door(*arguments)
     begun = time.monotonic()
     _check_budget(steps, batch_size, patience, validate_every, time_limit, schedule)
     shuffle_key, split_key, step_key, validation_key = jr.split(key, 4)
