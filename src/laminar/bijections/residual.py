@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, TypeVar, get_args
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -28,7 +27,7 @@ from laminar._errors import InputError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractTransform, Exactness
-from laminar.nn.lipschitz import LipschitzMLP
+from laminar.nn.lipschitz import Contraction, LipschitzMLP
 
 LogDet = Literal["exact", "power_series", "roulette"]
 T = TypeVar("T")
@@ -110,7 +109,7 @@ class Residual(AbstractTransform):
         vectors = self.net.dim if self.log_det == "exact" else 4 * self.probes
         return (1 + vectors) * sum(bias.shape[0] for bias in self.net.biases)
 
-    def _log_det(self, g: Callable, x: Array, key: PRNGKeyArray | None) -> Array:
+    def _log_det(self, g: Contraction, x: Array, key: PRNGKeyArray | None) -> Array:
         if self.log_det == "exact":
             return _exact(g, x)
         if key is None:
@@ -119,7 +118,7 @@ class Residual(AbstractTransform):
                 "a random key; give key=…, or take log_det='exact'."
             )
         signs_key, count_key = jr.split(key)
-        signs = jr.rademacher(signs_key, (self.probes, *x.shape), x.dtype)
+        signs = jr.rademacher(signs_key, (x.shape[0], self.probes, *x.shape[1:]), x.dtype)
         if self.log_det == "power_series":
             return _estimate(g, x, signs, jnp.asarray(self.terms), self.terms, None)
         go_on = max(0.5, self.net.lipschitz)
@@ -163,48 +162,43 @@ def with_log_det(tree: T, log_det: LogDet, **options: int) -> T:
     return jtu.tree_map(change, tree, is_leaf=lambda part: isinstance(part, Residual))
 
 
-def _exact(g: Callable, x: Array) -> Array:
+def _exact(g: Contraction, x: Array) -> Array:
     """The log-det of I + J by the whole Jacobian, ``(*batch)`` for ``(D, *batch)``."""
-    basis = jnp.eye(x.shape[0], dtype=x.dtype)
-
-    def column(direction):
-        direction = jnp.broadcast_to(expand(direction, x.ndim), x.shape)
-        return direction + jax.jvp(g, (x,), (direction,))[1]
-
-    jacobian = jnp.moveaxis(jax.vmap(column)(basis), (0, 1), (-1, -2))
+    dim, batch = x.shape[0], x.shape[1:]
+    eye = jnp.broadcast_to(expand(jnp.eye(dim, dtype=x.dtype), 1 + x.ndim), (dim, dim, *batch))
+    jacobian = jnp.moveaxis(eye + g.linear(x)[0](eye), (0, 1), (-2, -1))
     return jnp.linalg.slogdet(jacobian)[1]
 
 
 def _estimate(
-    g: Callable, x: Array, signs: Array, count: Array, always: int, go_on: float | None
+    g: Contraction, x: Array, signs: Array, count: Array, always: int, go_on: float | None
 ) -> Array:
     """The series up to the term `count`, with the Neumann series as its gradient.
 
     Args:
-        g: A module, so that gradients can be stopped in it.
+        g: The network.
         x: ``(D, *batch)``.
-        signs: The vectors v, ``(probes, D, *batch)``.
+        signs: The vectors v, ``(D, probes, *batch)``.
         count: How many terms are computed.
         always: How many are computed in any case.
         go_on: With which probability each further term is; None if there are none.
     """
     still_g, still_x = jtu.tree_map(lax.stop_gradient, (g, x))
-    pull = jax.vmap(jax.vjp(still_g, still_x)[1])
+    _, pull = still_g.linear(still_x)
 
     def step(state):
         k, w, value, u = state
-        w = -pull(w)[0]
+        w = -pull(w)
         late = jnp.maximum(k - always, 0).astype(x.dtype)
         weight = jnp.ones((), x.dtype) if go_on is None else jnp.exp(-math.log(go_on) * late)
-        value = value - weight / k.astype(x.dtype) * jnp.sum(w * signs, 1)
+        value = value - weight / k.astype(x.dtype) * jnp.sum(w * signs, 0)
         # The derivative of a truncated series has a term less.
         used = weight if go_on is not None else jnp.where(k < count, weight, 0)
         return k + 1, w, value, u + used * w
 
-    start = (jnp.ones((), count.dtype), signs, jnp.zeros_like(signs[:, 0]), signs)
+    start = (jnp.ones((), count.dtype), signs, jnp.zeros_like(signs[0]), signs)
     _, _, value, u = lax.while_loop(lambda state: state[0] <= count, step, start)
-    push = jax.vmap(lambda v: jax.jvp(g, (x,), (v,))[1])(signs)
-    carrier = jnp.sum(u * push, 1)
+    carrier = jnp.sum(u * g.linear(x)[0](signs), 0)
     return jnp.mean(value + (carrier - lax.stop_gradient(carrier)), 0)
 
 
