@@ -39,7 +39,7 @@ import laminar
 from laminar._files import atomic_write
 from laminar._params import partition
 from laminar.objectives import Batch, linear_annealing
-from laminar.tasks.vae import LAYERS, Dequantise, binarise, free_energy, vae
+from laminar.tasks.vae import LAYERS, UniformDequantisation, binarise, free_energy, vae
 from laminar.train import Checkpoint
 from laminar.train.checkpoint import load_checkpoint
 from laminar.train.state import Recipe, init
@@ -116,7 +116,7 @@ def images(args) -> tuple[np.ndarray, np.ndarray]:
 
 def observed(args, grey: np.ndarray, key) -> np.ndarray:
     """Rows as the model sees them, drawn once."""
-    draw = Dequantise(LEVELS[args.data]) if args.decoder == "flow" else binarise
+    draw = UniformDequantisation(LEVELS[args.data]) if args.decoder == "flow" else binarise
     return np.concatenate(
         [
             np.asarray(draw(jr.fold_in(key, start), jnp.asarray(grey[start : start + 5000])))
@@ -159,7 +159,9 @@ class Cell:
         )
         self.observe = None
         if dynamic:
-            self.observe = Dequantise(LEVELS[args.data]) if args.decoder == "flow" else binarise
+            self.observe = (
+                UniformDequantisation(LEVELS[args.data]) if args.decoder == "flow" else binarise
+            )
 
     @property
     def options(self) -> dict:

@@ -18,6 +18,8 @@ from laminar.bijections.compose import Chain, Permute, Repeat, Reshape, repeat
 from laminar.bijections.path import first_steps, step_names, walk
 from laminar.distributions import ConditionalNormal, Mixture, Normal, Uniform
 from laminar.flow import Flow, Path
+from laminar.train.fit import fit
+from laminar.zoo import nsf
 
 RNG = np.random.default_rng(0)
 
@@ -369,3 +371,11 @@ def test_conditional_base_and_conditional_map_share_a_condition():
 def test_errors_name_the_part_and_say_what_to_do(act, error, match):
     with pytest.raises(error, match=match):
         act()
+
+
+def test_what_is_no_key_is_said_to_be_none():
+    flow = nsf(2, key=jr.key(0), layers=1, width=8)
+    with pytest.raises(InputError, match=r"sample: the first argument is a random key, .* not int"):
+        flow.sample(10)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"fit: the first argument is a random key, .* not Flow"):
+        fit(flow, jr.key(0), np.zeros((10, 2)))

@@ -43,6 +43,18 @@ class Estimate(NamedTuple):
     error: Array
 
 
+def check_key(owner: str, key: Any) -> None:
+    """Refuse what is no random key, such as a flow or a number in the first place."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim == 1)
+    ):
+        raise InputError(
+            f"{owner}: the first argument is a random key, as jax.random.key(0), not "
+            f"{type(key).__name__}."
+        )
+
+
 class AbstractDistribution(eqx.Module):
     """A distribution over events of one shape, possibly conditional, that scores and samples.
 
@@ -230,6 +242,7 @@ class AbstractDistribution(eqx.Module):
         return type(self).__name__
 
     def _draw(self, fn, key, shape, condition, batch_size):
+        check_key("sample", key)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         condition, cond_batch = self._check_condition(condition)
         target = shape + cond_batch

@@ -18,7 +18,15 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen
 from laminar.distributions import ConditionalNormal, Normal
 from laminar.objectives import Batch, linear_annealing
-from laminar.tasks.vae import LAYERS, VAE, Bernoulli, Dequantise, binarise, free_energy, vae
+from laminar.tasks.vae import (
+    LAYERS,
+    VAE,
+    Bernoulli,
+    UniformDequantisation,
+    binarise,
+    free_energy,
+    vae,
+)
 from laminar.train import Checkpoint
 
 KINDS = tuple(LAYERS)
@@ -255,7 +263,7 @@ def test_the_dynamic_protocol_draws_anew():
 @pytest.mark.slow
 def test_flow_prior_and_flow_decoder_train():
     model = small(prior="flow", decoder="flow", mean=GREY.mean(0))
-    dequantise = Dequantise(17)
+    dequantise = UniformDequantisation(17)
     y = dequantise(jr.key(0), jnp.asarray(GREY))
     assert ((y > 0) & (y < 1)).all()
     assert (jnp.floor(y * 17) == np.round(GREY * 16)).mean() > 0.9999
@@ -385,7 +393,7 @@ def test_dequantised_levels_have_their_density():
     model = vae(4, 1, key=jr.key(0), width=4, depth=1)
     normal = ConditionalNormal(lambda z: jnp.zeros((2, 4)), 4, 1)
     model = eqx.tree_at(lambda m: m.decoder, model, normal)
-    y = Dequantise(4)(jr.key(1), jnp.full((100, 4), 1 / 3))
+    y = UniformDequantisation(4)(jr.key(1), jnp.full((100, 4), 1 / 3))
     assert ((y >= 0.25) & (y < 0.5)).all()
     expected = -0.5 * (y**2).sum(1) - 2 * math.log(2 * math.pi)
     found = model.log_likelihood(jr.key(2), y, 2_000)

@@ -30,7 +30,7 @@ from laminar.bijections.base import AbstractBijection
 from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.linear import Triangular
-from laminar.density import AbstractDistribution
+from laminar.density import AbstractDistribution, check_key
 from laminar.distributions import Normal
 from laminar.flow import Flow
 from laminar.inference.assessment import (
@@ -125,7 +125,7 @@ def fit_posterior(
         InputError: If the target or an option cannot be used; see `Target.check`.
     """
     begun = time.monotonic()
-    _check_key(key)
+    check_key("fit_posterior", key)
     for name, value, least in (
         ("steps", steps, 6),
         ("samples", samples, 2),
@@ -138,13 +138,13 @@ def fit_posterior(
         raise InputError(f"anneal must be a function of the step, not {type(anneal).__name__}.")
     made = as_target(target, *args, supports=supports, example=example, dtype=dtype, **kwargs)
     keys = _children(key, 9)
-    check_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key, walk_key = keys
+    try_key, start_key, climb_key, fit_key, draw_key, wide_key, mix_key, miss_key, walk_key = keys
     limit = None if time_limit is None else begun + time_limit
     fitter = _Fitter(made, flow, steps, samples, anneal, limit, progress)
     if flow != "auto":
         # Before any work, so that what does not fit is said at once.
         fitter.build(fit_key, made.dim)
-    odd = made.check(check_key)
+    odd = made.check(try_key)
     # As many as are checked, since they cost nothing and their number would be compiled anew.
     begin = np.array(made.start(start_key, max(starts, STARTS)))[:starts]
     begin[1::2] *= np.resize(_FARTHER, len(begin[1::2]))[:, None]
@@ -175,17 +175,6 @@ def fit_posterior(
 def _children(key: PRNGKeyArray, count: int) -> list[PRNGKeyArray]:
     """Independent keys; `jax.random.split` would be compiled once for each count."""
     return [jr.fold_in(key, i) for i in range(count)]
-
-
-def _check_key(key: Any) -> None:
-    """Refuse what is no random key, such as a model in the first place."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not (
-        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim == 1)
-    ):
-        raise InputError(
-            f"The first argument is a random key, as jax.random.key(0), not {type(key).__name__}."
-        )
 
 
 @dataclasses.dataclass

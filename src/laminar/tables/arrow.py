@@ -88,7 +88,8 @@ def _csv_header(path: str) -> tuple[list[str], int, str]:
         )
     if not all(header):
         raise InputError(
-            f"{path}: column {header.index('') + 1} has no name in the header line; name it."
+            f"{path}: column {header.index('') + 1} has no name in the header line; name it, or "
+            "leave it out (pandas writes its index so: to_csv(…, index=False))."
         )
     refuse_duplicates(header, path)
     return header, skip, delimiter

@@ -307,7 +307,7 @@ def binarise(key: PRNGKeyArray, x: Array) -> Array:
     return jr.bernoulli(key, x).astype(x.dtype)
 
 
-class Dequantise(eqx.Module):
+class UniformDequantisation(eqx.Module):
     """Spread whole levels over [0, 1): x ↦ (round(x (L − 1)) + u) / L with u uniform on [0, 1).
 
     A density of the result bounds the probability of the levels (Theis et al. 2016): bits for each
@@ -397,7 +397,7 @@ def free_energy(
             the inverse of the posterior: nothing if it is diagonal, one pass more for NICE, a
             sequential pass for IAF, and a root search in each layer of a planar flow.
         observe: What is observed of a stored row at each use, such as `binarise` for the dynamic
-            protocol, or ``Dequantise()``; by default the row itself.
+            protocol, or ``UniformDequantisation()``; by default the row itself.
 
     Returns:
         An objective for `laminar.fit`, ``(model, batch, key, step=None) -> (loss, aux)``. Its aux

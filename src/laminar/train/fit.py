@@ -29,6 +29,7 @@ from laminar._params import Frozen
 from laminar._typing import Array, PRNGKeyArray, PyTree
 from laminar.bijections.base import AbstractTransform, Invert
 from laminar.bijections.compose import Chain, Indexed, Repeat
+from laminar.density import check_key
 from laminar.flow import Flow
 from laminar.objectives import Batch, nll
 from laminar.train.blame import find_blame
@@ -163,6 +164,7 @@ def fit(
         TrainingError: If training stays non-finite; it names the step, the part of the flow and
             the rows.
     """
+    check_key("fit", key)
     door = next((door for kind, door in OTHER_DOORS.items() if isinstance(flow, kind)), None)
     if door is not None:
         given = _options_given(locals())
