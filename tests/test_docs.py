@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_LONG = ("inference.md", "tables.md", "training.md", "vae.md")
+_LONG = ("bijections.md", "inference.md", "tables.md", "training.md", "vae.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARAMS = [
     pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in _LONG))

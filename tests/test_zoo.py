@@ -46,6 +46,7 @@ def test_a_flow_starts_as_its_base_and_inverts_at_random_parameters(name, dim):
     np.testing.assert_allclose(log_q, again, rtol=1e-3, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_spline_flow_options():
     x = jr.normal(jr.key(1), (7, 3))
     for options in (

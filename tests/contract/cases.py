@@ -162,14 +162,20 @@ def _even_widths(key):
 
 SPLINES = [
     Case("rational_quadratic", lambda key: randomise(RQ(8, (3,)), key), edges=ENDS),
-    Case("rational_quadratic_lines", _even_knots, edges=KNOTS),
+    Case("rational_quadratic_lines", _even_knots, edges=KNOTS, slow=True),
     Case(
         "rational_quadratic_circle",
         lambda key: randomise(RQ(4, (2,), interval=CIRCLE, tails="circular"), key),
         CIRCLE,
         CIRCLE,
     ),
-    Case("rational_quadratic_unit", lambda key: randomise(RQ(4, **UNIT), key), (0, 1), (0, 1)),
+    Case(
+        "rational_quadratic_unit",
+        lambda key: randomise(RQ(4, **UNIT), key),
+        (0, 1),
+        (0, 1),
+        slow=True,
+    ),
     Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
     Case("linear_spline_lines", _even_widths, edges=KNOTS),
     Case("linear_spline_unit", lambda key: randomise(Linear(4, **UNIT), key), (0, 1), (0, 1)),
@@ -206,6 +212,7 @@ COMPOSED = [
     Case(
         "stack",
         lambda key: randomise(C.Stack([E.Affine(), RationalQuadratic(4), E.SinhArcsinh()]), key),
+        slow=True,
     ),
     Case("reshape", lambda key: C.Reshape((2, 3), (6,))),
     Case("permute", lambda key: C.Permute(PERM)),
@@ -261,7 +268,7 @@ COUPLED = [
             E.Affine(max_log_scale=2.0), key, marginal=RationalQuadratic(4, (2,)), activation="silu"
         ),
     ),
-    Case("coupling_repeat", lambda key: C.repeat(_coupled_layer, 3, key=key)),
+    Case("coupling_repeat", lambda key: C.repeat(_coupled_layer, 3, key=key), slow=True),
 ]
 
 
@@ -320,7 +327,7 @@ AUTOREGRESSIVE = [
         _autoregressive(5, elementwise.Affine(max_log_scale=2.0), 2, graph=TREE),
     ),
     Case("nsf", _autoregressive(4, RationalQuadratic(6), residual=True), slow=True),
-    Case("nsf_conditional", _autoregressive(3, RationalQuadratic(6, tails="linear"), 2)),
+    Case("nsf_conditional", _autoregressive(3, RationalQuadratic(6, tails="linear"), 2), slow=True),
     Case("iaf", lambda key: Invert(_autoregressive(4, RationalQuadratic(6))(key)), slow=True),
     Case(
         "nsf_affine",
@@ -342,19 +349,20 @@ QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0
 RANK_ONE = [
     Case("planar", lambda key: randomise(Planar(4, key=key), key)),
     Case("planar_scalar", lambda key: randomise(Planar(1, key=key), key)),
-    Case("planar_repeat", lambda key: C.repeat(_planar, 5, key=key)),
+    Case("planar_repeat", lambda key: C.repeat(_planar, 5, key=key), slow=True),
     Case("radial", lambda key: randomise(Radial(4, key=key), key)),
     Case("radial_scalar", lambda key: randomise(Radial(1, key=key), key)),
     Case("sylvester_orthogonal", lambda key: randomise(Sylvester(5, 3, key=key), key)),
     Case(
         "sylvester_householder",
         lambda key: randomise(Sylvester(4, kind="householder", reflections=3, key=key), key),
+        slow=True,
     ),
     Case(
         "sylvester_triangular",
         lambda key: randomise(Sylvester(3, kind="triangular", order=PERM, key=key), key),
     ),
-    Case("sylvester_repeat", lambda key: C.repeat(_sylvester, 3, key=key)),
+    Case("sylvester_repeat", lambda key: C.repeat(_sylvester, 3, key=key), slow=True),
 ]
 
 
@@ -371,7 +379,7 @@ def _sylvester(key):
 
 
 AMORTIZED = [
-    Case("amortized_planar", lambda key: _amortized(C.repeat(_planar, 4, key=key), key)),
+    Case("amortized_planar", lambda key: _amortized(C.repeat(_planar, 4, key=key), key), slow=True),
     Case("amortized_radial", lambda key: _amortized(Radial(3, key=key), key, 1.0)),
     Case(
         "amortized_sylvester",
@@ -414,9 +422,10 @@ MONOTONE = [
         "unconstrained_monotone",
         lambda key: randomise(UnconstrainedMonotone(4, (2,)), key),
         edges=ENDS,
+        slow=True,
     ),
     Case("sum_of_squares", lambda key: randomise(SumOfSquares(shape=(2,)), key), edges=ENDS),
-    Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS),
+    Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS, slow=True),
     Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key)),
 ]
 
@@ -427,6 +436,7 @@ BLOCK = [
     Case(
         "bnaf_conditional",
         lambda key: randomise(BlockAutoregressive(2, units=3, depth=1, cond_dim=2), key),
+        slow=True,
     ),
 ]
 
@@ -519,7 +529,13 @@ def _transformer(key):
 
 MANIFOLDS = [
     Case("circle_moebius", lambda key: randomise(CircleMoebius(1, (2,)), key), CIRCLE, CIRCLE),
-    Case("circle_moebius_mean", lambda key: randomise(CircleMoebius(3, (2,)), key), CIRCLE, CIRCLE),
+    Case(
+        "circle_moebius_mean",
+        lambda key: randomise(CircleMoebius(3, (2,)), key),
+        CIRCLE,
+        CIRCLE,
+        slow=True,
+    ),
     Case(
         "torus_coupling",
         lambda key: _coupling(
@@ -540,7 +556,7 @@ MANIFOLDS = [
         "rotation_coupling",
         lambda key: randomise(RotationCoupling(1, width=8, depth=1, cond_dim=2, key=key), key, 0.4),
     ),
-    Case("quaternion_map", lambda key: QuaternionMap(_turned(key))),
+    Case("quaternion_map", lambda key: QuaternionMap(_turned(key)), slow=True),
 ]
 
 

@@ -53,6 +53,7 @@ def test_contract(name):
     assert (max(bias, default=0) > 0.01) == (name == "power_series"), str(report)
 
 
+@pytest.mark.slow
 def test_a_flow_of_estimates_passes_its_check():
     net = LipschitzMLP(2, width=6, depth=1, lipschitz=0.6, key=jr.key(0))
     layer = randomise(Residual(net, log_det="roulette", terms=2), jr.key(0))
