@@ -76,6 +76,7 @@ class Case(NamedTuple):
             not one.
         edges: Further values at which gradients must be finite, such as knots.
         slow: Whether another case says nearly as much in less time.
+        long: Whether compiling it takes so long that float64 is left to the long run.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Case(NamedTuple):
     slack: float = 1.0
     edges: tuple[float, ...] = ()
     slow: bool = False
+    long: bool = False
 
 
 def randomise(bijection, key, scale: float = 1.0):
@@ -194,8 +196,10 @@ def _bounded_inverse(key):
 
 
 NUMERICAL = [
-    Case("numerical_inverse", lambda key: NumericalInverse(_cubic, jr.normal(key, (2, 2)))),
-    Case("numerical_bounded", _bounded_inverse, (0, 1), (0, 1)),
+    Case(
+        "numerical_inverse", lambda key: NumericalInverse(_cubic, jr.normal(key, (2, 2))), long=True
+    ),
+    Case("numerical_bounded", _bounded_inverse, (0, 1), (0, 1), long=True),
 ]
 
 COMPOSED = [
@@ -352,7 +356,7 @@ RANK_ONE = [
     Case("planar_repeat", lambda key: C.repeat(_planar, 5, key=key), slow=True),
     Case("radial", lambda key: randomise(Radial(4, key=key), key)),
     Case("radial_scalar", lambda key: randomise(Radial(1, key=key), key)),
-    Case("sylvester_orthogonal", lambda key: randomise(Sylvester(5, 3, key=key), key)),
+    Case("sylvester_orthogonal", lambda key: randomise(Sylvester(5, 3, key=key), key), long=True),
     Case(
         "sylvester_householder",
         lambda key: randomise(Sylvester(4, kind="householder", reflections=3, key=key), key),
@@ -413,9 +417,9 @@ def _leapfrog(key, **options):
 
 
 MONOTONE = [
-    Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key)),
+    Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key), long=True),
     Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2), slow=True),
-    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key)),
+    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key), long=True),
     Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key), slow=True),
     Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2), slow=True),
     Case(
@@ -424,9 +428,14 @@ MONOTONE = [
         edges=ENDS,
         slow=True,
     ),
-    Case("sum_of_squares", lambda key: randomise(SumOfSquares(shape=(2,)), key), edges=ENDS),
+    Case(
+        "sum_of_squares",
+        lambda key: randomise(SumOfSquares(shape=(2,)), key),
+        edges=ENDS,
+        long=True,
+    ),
     Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS, slow=True),
-    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key)),
+    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key), long=True),
 ]
 
 BLOCK = [
@@ -441,7 +450,7 @@ BLOCK = [
 ]
 
 RESIDUAL = [
-    Case("residual", lambda key: _residual(3, key, cond_dim=2)),
+    Case("residual", lambda key: _residual(3, key, cond_dim=2), long=True),
     Case(
         "residual_repeat",
         lambda key: C.repeat(lambda k: Invert(_residual(2, k)), 2, key=key),
@@ -458,7 +467,9 @@ def _residual(dim, key, lipschitz=0.6, **options):
 
 # Fixed steps of order 8, enough that the log-det of the computed map is the integral of the
 # divergence to rounding; adaptive ones are in tests/bijections/test_continuous.py.
-CONTINUOUS = [Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"))]
+CONTINUOUS = [
+    Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"), long=True)
+]
 
 
 def _continuous(key, **options):
@@ -470,14 +481,15 @@ def _continuous(key, **options):
 
 
 IMAGE = [
-    Case("squeeze", lambda key: Squeeze((1, 4, 2))),
+    Case("squeeze", lambda key: Squeeze((1, 4, 2)), long=True),
     Case("haar", lambda key: Haar((1, 2, 4))),
     Case("conv1x1", lambda key: randomise(conv1x1((2, 2, 2), key=key), key, 0.5)),
-    Case("periodic_conv", lambda key: randomise(PeriodicConv((2, 4, 3)), key, 0.15)),
+    Case("periodic_conv", lambda key: randomise(PeriodicConv((2, 4, 3)), key, 0.15), long=True),
     Case("coupling_channels", lambda key: _conv_coupling(key, (2, 3), cond_shape=(2,))),
     Case(
         "coupling_checkerboard",
         lambda key: C.repeat(_checkered, 2, over=(jnp.arange(2) == 1, jr.split(key))),
+        long=True,
     ),
     Case("positionwise", lambda key: Positionwise(_coupling(E.Shift(), key, 2, cond_dim=2), (2,))),
     Case(
@@ -507,7 +519,7 @@ def _checkered(at):
 
 
 ATTENTION = [
-    Case("transformer", lambda key: _transformer(key)),
+    Case("transformer", lambda key: _transformer(key), long=True),
 ]
 
 
@@ -543,18 +555,20 @@ MANIFOLDS = [
         ),
         CIRCLE,
         CIRCLE,
+        long=True,
     ),
     Case("sphere_moebius", lambda key: randomise(SphereMoebius(2), key)),
     Case("sphere_amortized", lambda key: _amortized(SphereMoebius(1), key, 0.7)),
     Case("projective", lambda key: randomise(Projective(L.LU(3, bias=False)), key, 0.5)),
-    Case("exponential_map", lambda key: _exponential(2, key)),
+    Case("exponential_map", lambda key: _exponential(2, key), long=True),
     Case("exponential_map_symmetric", lambda key: _exponential(3, key, symmetric=True), slow=True),
-    Case("cylindrical", lambda key: Cylindrical(3), domain=(-1, 1)),
+    Case("cylindrical", lambda key: Cylindrical(3), domain=(-1, 1), long=True),
     Case("stick_breaking", lambda key: StickBreaking(4)),
     Case("softmax", lambda key: Softmax(4)),
     Case(
         "rotation_coupling",
         lambda key: randomise(RotationCoupling(1, width=8, depth=1, cond_dim=2, key=key), key, 0.4),
+        long=True,
     ),
     Case("quaternion_map", lambda key: QuaternionMap(_turned(key)), slow=True),
 ]

@@ -23,6 +23,16 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("case", EVERY)
 def test_contract(case):
+    keeps_the_contract(case, float64=not case.long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in CASES if c.long], ids=lambda case: case.name)
+def test_contract_in_both_precisions(case):
+    keeps_the_contract(case, float64=True)
+
+
+def keeps_the_contract(case, float64):
     key, other_key, check_key = jr.split(jr.key(0), 3)
     report = check_bijection(
         case.make(key),
@@ -32,6 +42,7 @@ def test_contract(case):
         image=case.image,
         edges=case.edges,
         slack=case.slack,
+        float64=float64,
     )
     assert report.passed
 
