@@ -282,12 +282,15 @@ def _one_way(bijection, direction: Direction, side: _Side, condition) -> dict[st
 def _parts(side: _Side, value, log_det):
     """Take apart what went through together."""
     n, k = math.prod(_BATCH), side.outside.shape[-1]
+    # Nothing of no size: where the map does not depend on it, that aborts jaxlib's compiler.
     cuts = {
         "single": slice(0, n),
         "single_shared": slice(n, 2 * n),
         "outside": slice(2 * n, 2 * n + k),
         "missing": slice(2 * n + k, None),
     }
+    if not k:
+        del cuts["outside"]
     return {name: (value[..., cut], log_det[..., cut]) for name, cut in cuts.items()}
 
 
