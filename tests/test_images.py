@@ -19,6 +19,7 @@ GLOW = {"scales": 2, "layers": 2, "width": 4, "depth": 1}
 TAR = {"layers": 2, "width": 8, "depth": 1, "heads": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "shape", "options"),
     [

@@ -181,6 +181,7 @@ def test_path_gradient_has_the_same_mean_and_no_variance_at_the_target():
     assert (np.abs(a.mean(0) - b.mean(0)) <= 5 * error + 1e-5).all()
 
 
+@pytest.mark.slow
 def test_doubly_reparametrised_gradient_has_the_same_mean():
     flow = perturbed(Flow(Normal((2,)), nsf(2, key=jr.key(0), layers=1, width=4, bins=3).bijection))
     keys = jr.split(jr.key(1), 600)

@@ -32,7 +32,7 @@ def _both_ways(flow, x, condition=None):
 
 
 @pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
-@pytest.mark.parametrize("dim", [1, 4])
+@pytest.mark.parametrize("dim", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_flow_starts_as_its_base_and_inverts_at_random_parameters(name, dim):
     flow = zoo.BUILDERS[name](dim, key=jr.key(0), cond_dim=2, **SMALL)
     x = jr.normal(jr.key(1), (7, dim))

@@ -347,6 +347,7 @@ def test_the_density_of_a_torus_closes(coupling):
     np.testing.assert_allclose(flow.to_data(flow.to_latent(x)), x, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_angles_may_follow_a_graph():
     circle = RationalQuadratic(4, interval=CIRCLE, tails="circular")
     sizes = {"width": 12, "depth": 2}
@@ -481,6 +482,7 @@ def test_training_reaches_every_parameter():
         assert jnp.abs(leaf).max() > 0, path
 
 
+@pytest.mark.slow
 def test_a_base_may_be_trained():
     law = PowerSpherical([1.0, 0.0, 1.0], 2.0)
     x = VonMisesFisher([0.0, 1.0, 0.0], 5.0).sample(jr.key(0), (32,))

@@ -170,6 +170,7 @@ SPLINES = [
         lambda key: randomise(RQ(4, (2,), interval=CIRCLE, tails="circular"), key),
         CIRCLE,
         CIRCLE,
+        slow=True,
     ),
     Case(
         "rational_quadratic_unit",
@@ -178,9 +179,15 @@ SPLINES = [
         (0, 1),
         slow=True,
     ),
-    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
-    Case("linear_spline_lines", _even_widths, edges=KNOTS),
-    Case("linear_spline_unit", lambda key: randomise(Linear(4, **UNIT), key), (0, 1), (0, 1)),
+    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS, slow=True),
+    Case("linear_spline_lines", _even_widths, edges=KNOTS, slow=True),
+    Case(
+        "linear_spline_unit",
+        lambda key: randomise(Linear(4, **UNIT), key),
+        (0, 1),
+        (0, 1),
+        slow=True,
+    ),
 ]
 
 
@@ -199,7 +206,7 @@ NUMERICAL = [
     Case(
         "numerical_inverse", lambda key: NumericalInverse(_cubic, jr.normal(key, (2, 2))), long=True
     ),
-    Case("numerical_bounded", _bounded_inverse, (0, 1), (0, 1), long=True),
+    Case("numerical_bounded", _bounded_inverse, (0, 1), (0, 1), slow=True),
 ]
 
 COMPOSED = [
@@ -271,6 +278,7 @@ COUPLED = [
         lambda key: _coupling(
             E.Affine(max_log_scale=2.0), key, marginal=RationalQuadratic(4, (2,)), activation="silu"
         ),
+        slow=True,
     ),
     Case("coupling_repeat", lambda key: C.repeat(_coupled_layer, 3, key=key), slow=True),
 ]
@@ -319,8 +327,12 @@ TREE = ((3,), (0, 3), (3,), (), (1, 2))  # levels of 1, 2, 1 and 1 columns
 
 AUTOREGRESSIVE = [
     Case("maf", _autoregressive(5, elementwise.Affine(max_log_scale=2.0))),
-    Case("maf_conditional", _autoregressive(4, elementwise.Affine(max_log_scale=2.0), 3, True)),
-    Case("maf_single", _autoregressive(1, elementwise.Affine(max_log_scale=2.0), 2)),
+    Case(
+        "maf_conditional",
+        _autoregressive(4, elementwise.Affine(max_log_scale=2.0), 3, True),
+        slow=True,
+    ),
+    Case("maf_single", _autoregressive(1, elementwise.Affine(max_log_scale=2.0), 2), slow=True),
     Case(
         "maf_few_units",
         _autoregressive(6, elementwise.Affine(max_log_scale=2.0), width=3),
@@ -348,7 +360,7 @@ def _quantile_map(key):
     return QuantileMap(z, x, jnp.exp(0.5 * jr.normal(slope_key, (6, 3))))
 
 
-QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0))]
+QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0), slow=True)]
 
 RANK_ONE = [
     Case("planar", lambda key: randomise(Planar(4, key=key), key)),
@@ -356,7 +368,7 @@ RANK_ONE = [
     Case("planar_repeat", lambda key: C.repeat(_planar, 5, key=key), slow=True),
     Case("radial", lambda key: randomise(Radial(4, key=key), key)),
     Case("radial_scalar", lambda key: randomise(Radial(1, key=key), key)),
-    Case("sylvester_orthogonal", lambda key: randomise(Sylvester(5, 3, key=key), key), long=True),
+    Case("sylvester_orthogonal", lambda key: randomise(Sylvester(5, 3, key=key), key), slow=True),
     Case(
         "sylvester_householder",
         lambda key: randomise(Sylvester(4, kind="householder", reflections=3, key=key), key),
@@ -388,8 +400,13 @@ AMORTIZED = [
     Case(
         "amortized_sylvester",
         lambda key: _amortized(Sylvester(3, kind="triangular", key=key), key),
+        slow=True,
     ),
-    Case("amortized_mapped", lambda key: _amortized(_coupling(E.Shift(), key, cond_dim=2), key)),
+    Case(
+        "amortized_mapped",
+        lambda key: _amortized(_coupling(E.Shift(), key, cond_dim=2), key),
+        slow=True,
+    ),
 ]
 
 
@@ -407,7 +424,7 @@ def _valley(z, condition=None):
 
 DYNAMICS = [
     Case("leapfrog", lambda key: _leapfrog(key)),
-    Case("leapfrog_tempered", lambda key: _leapfrog(key, tempering=0.9, cond_dim=2)),
+    Case("leapfrog_tempered", lambda key: _leapfrog(key, tempering=0.9, cond_dim=2), slow=True),
 ]
 
 
@@ -432,10 +449,10 @@ MONOTONE = [
         "sum_of_squares",
         lambda key: randomise(SumOfSquares(shape=(2,)), key),
         edges=ENDS,
-        long=True,
+        slow=True,
     ),
     Case("bernstein", lambda key: randomise(Bernstein(6, (2,)), key), edges=ENDS, slow=True),
-    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key), long=True),
+    Case("tail_transform", lambda key: randomise(TailTransform(shape=(3,)), key), slow=True),
 ]
 
 BLOCK = [
@@ -481,15 +498,15 @@ def _continuous(key, **options):
 
 
 IMAGE = [
-    Case("squeeze", lambda key: Squeeze((1, 4, 2)), long=True),
-    Case("haar", lambda key: Haar((1, 2, 4))),
+    Case("squeeze", lambda key: Squeeze((1, 4, 2)), slow=True),
+    Case("haar", lambda key: Haar((1, 2, 4)), slow=True),
     Case("conv1x1", lambda key: randomise(conv1x1((2, 2, 2), key=key), key, 0.5)),
     Case("periodic_conv", lambda key: randomise(PeriodicConv((2, 4, 3)), key, 0.15), long=True),
-    Case("coupling_channels", lambda key: _conv_coupling(key, (2, 3), cond_shape=(2,))),
+    Case("coupling_channels", lambda key: _conv_coupling(key, (2, 3), cond_shape=(2,)), slow=True),
     Case(
         "coupling_checkerboard",
         lambda key: C.repeat(_checkered, 2, over=(jnp.arange(2) == 1, jr.split(key))),
-        long=True,
+        slow=True,
     ),
     Case("positionwise", lambda key: Positionwise(_coupling(E.Shift(), key, 2, cond_dim=2), (2,))),
     Case(
@@ -500,6 +517,7 @@ IMAGE = [
             ),
             key,
         ),
+        slow=True,
     ),
 ]
 
@@ -519,7 +537,7 @@ def _checkered(at):
 
 
 ATTENTION = [
-    Case("transformer", lambda key: _transformer(key), long=True),
+    Case("transformer", lambda key: _transformer(key), slow=True),
 ]
 
 
@@ -555,20 +573,20 @@ MANIFOLDS = [
         ),
         CIRCLE,
         CIRCLE,
-        long=True,
+        slow=True,
     ),
     Case("sphere_moebius", lambda key: randomise(SphereMoebius(2), key)),
-    Case("sphere_amortized", lambda key: _amortized(SphereMoebius(1), key, 0.7)),
-    Case("projective", lambda key: randomise(Projective(L.LU(3, bias=False)), key, 0.5)),
-    Case("exponential_map", lambda key: _exponential(2, key), long=True),
+    Case("sphere_amortized", lambda key: _amortized(SphereMoebius(1), key, 0.7), slow=True),
+    Case("projective", lambda key: randomise(Projective(L.LU(3, bias=False)), key, 0.5), slow=True),
+    Case("exponential_map", lambda key: _exponential(2, key), slow=True),
     Case("exponential_map_symmetric", lambda key: _exponential(3, key, symmetric=True), slow=True),
-    Case("cylindrical", lambda key: Cylindrical(3), domain=(-1, 1), long=True),
+    Case("cylindrical", lambda key: Cylindrical(3), domain=(-1, 1), slow=True),
     Case("stick_breaking", lambda key: StickBreaking(4)),
     Case("softmax", lambda key: Softmax(4)),
     Case(
         "rotation_coupling",
         lambda key: randomise(RotationCoupling(1, width=8, depth=1, cond_dim=2, key=key), key, 0.4),
-        long=True,
+        slow=True,
     ),
     Case("quaternion_map", lambda key: QuaternionMap(_turned(key)), slow=True),
 ]

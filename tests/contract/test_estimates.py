@@ -44,7 +44,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (n in ("power_series", "hutchinson")))
+        for n in CASES
+    ],
+)
 def test_contract(name):
     made = CASES[name](jr.key(0))
     report = check_bijection(made, key=jr.key(1), float64=name == "roulette")

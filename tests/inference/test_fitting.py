@@ -373,6 +373,7 @@ def test_wider_draws_that_fail_are_told():
     assert Gap(0.5, float("nan")).significant
 
 
+@pytest.mark.slow
 def test_the_first_round_is_annealed_when_asked():
     seen = []
 
@@ -438,6 +439,7 @@ def test_large_evidences_weigh_the_parts_of_a_mixture():
     np.testing.assert_allclose(weights, [1 / (1 + np.exp(0.3)), 1 / (1 + np.exp(-0.3))], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_that_fails_leaves_the_normal_law_and_says_so():
     def holes(x):
         # Finite at the start and where a normal law is, NaN where the flow must go.

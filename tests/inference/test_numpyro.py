@@ -58,6 +58,7 @@ def test_a_flow_is_a_numpyro_distribution():
     assert wide.log_prob(wide.sample(KEY, (2,))).shape == (2,)
 
 
+@pytest.mark.slow
 def test_it_goes_through_transformations():
     d, x = FlowDistribution(flow()), jnp.ones((6, 2))
     expected = d.log_prob(x)
@@ -228,6 +229,7 @@ def test_neutra_is_the_base_for_a_perfect_flow():
         neutra(target, flow(3))
 
 
+@pytest.mark.slow
 def test_neutra_serves_numpyro_and_blackjax():
     target, exact, warped = warped_pair()
     kernel = NUTS(potential_fn=warped.potential)
