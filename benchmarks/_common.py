@@ -151,6 +151,26 @@ def refuse_elsewhere(where: Path, written: dict, here: dict) -> None:
             )
 
 
+def left_over(
+    args: argparse.Namespace,
+    records: list[dict],
+    asked: dict,
+    cells: Iterable,
+    cell_of: Callable[[dict], object],
+    failed: str = "error",
+) -> tuple[list[dict], list]:
+    """What stands of earlier records, and the cells that are not among them.
+
+    Records of other options, or of another machine, are refused; what failed is tried again.
+    """
+    for record in records:
+        refuse_change(args.out, record, asked)
+        refuse_elsewhere(args.out, record.get("machine", {}), machine())
+    records = [record for record in records if failed not in record]
+    done = {cell_of(record) for record in records}
+    return records, [cell for cell in cells if cell not in done]
+
+
 def read_lines(path: Path) -> list[dict]:
     """The records of a file of JSON lines; what a killed run left half-written is skipped."""
     if not path.exists():

@@ -54,6 +54,10 @@ class Cell(NamedTuple):
     family: str
     data: str
 
+    @classmethod
+    def of(cls, record: dict) -> "Cell":
+        return cls(*(record[name] for name in cls._fields))
+
     @property
     def words(self) -> str:
         return ", ".join(filter(None, self))
@@ -210,9 +214,19 @@ def _timed(door) -> float:
     return time.perf_counter() - begun
 
 
+def settings(args) -> dict:
+    """The options that all results of one file share."""
+    return {"budget": args.budget, "steps_asked": args.steps, "seed": args.seed}
+
+
+def begun_record(cell: Cell, args) -> dict:
+    """A record with everything but what is found."""
+    here = {"jax": jax.__version__, "machine": _common.machine()}
+    return {**cell._asdict(), **settings(args), **here}
+
+
 def run(cell: Cell, args, rows: Rows | None) -> dict:
-    settings = {"budget": args.budget, "steps_asked": args.steps, "seed": args.seed}
-    record = {**cell._asdict(), **settings, "jax": jax.__version__, "machine": _common.machine()}
+    record = begun_record(cell, args)
     try:
         if cell.part == "tables":
             assert rows is not None
@@ -233,11 +247,7 @@ def report(records: list[dict]) -> str:
         f"cores used {first['machine']['cores']}"
     ]
     parts += [t for t in (likelihoods(good), planes(good), first_calls(good)) if t]
-    parts += [
-        f"{Cell(*(r[n] for n in Cell._fields)).words}: {r['failed']}"
-        for r in records
-        if "failed" in r
-    ]
+    parts += [f"{Cell.of(r).words}: {r['failed']}" for r in records if "failed" in r]
     return "\n\n".join(parts)
 
 
@@ -389,26 +399,18 @@ def main():
     records = _common.read_lines(args.out)
     left: list[Cell] = []
     if not args.report:
-        asked = {"budget": args.budget, "steps_asked": args.steps, "seed": args.seed}
-        for record in records:
-            _common.refuse_change(args.out, record, asked)
-            _common.refuse_elsewhere(args.out, record.get("machine", {}), _common.machine())
-        # What failed is tried again.
-        records = [r for r in records if "failed" not in r]
-        done = {Cell(*(r[name] for name in Cell._fields)) for r in records}
-        left = [cell for cell in cells(args) if cell not in done]
+        records, left = _common.left_over(
+            args, records, settings(args), cells(args), Cell.of, failed="failed"
+        )
     name, rows = "", None
     while left and (args.limit is None or time.monotonic() - begun <= args.limit):
         cell = left.pop(0)
         print(f"{time.monotonic() - begun:5.0f} s  {cell.words}", file=sys.stderr, flush=True)
         if cell.part == "tables" and cell.data != name:
             name, rows = cell.data, load(cell.data, args.seed)
-            known = {(r["part"], r["family"], r["data"]) for r in records}
             own = Cell("tables", GAUSSIAN, name)
-            if own not in known:
-                settings = {"budget": args.budget, "steps_asked": args.steps, "seed": args.seed}
-                here = {"jax": jax.__version__, "machine": _common.machine()}
-                records.append({**own._asdict(), **settings, **here, **gaussian(rows)})
+            if own not in map(Cell.of, records):
+                records.append(begun_record(own, args) | gaussian(rows))
         records.append(run(cell, args, rows))
         atomic_write(args.out, "".join(json.dumps(r) + "\n" for r in records).encode())
         # Every compiled program holds memory maps, of which a process may have only so many.

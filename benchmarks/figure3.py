@@ -87,6 +87,10 @@ class Cell(NamedTuple):
     layers: int
     target: str
 
+    @classmethod
+    def of(cls, record: dict) -> "Cell":
+        return cls(*(record[name] for name in cls._fields))
+
     @property
     def words(self) -> str:
         return f"{self.target}, {label(self.flow, self.layers)}, seed {self.seed}"
@@ -161,11 +165,7 @@ def measure(flow, energy: Energy, log_z: float, key, draws: int) -> dict:
 def report(records: list[dict]) -> str:
     """The tables for people."""
     good = [r for r in records if "error" not in r]
-    failed = [
-        f"{Cell(*(r[n] for n in Cell._fields)).words}: {r['error']}"
-        for r in records
-        if "error" in r
-    ]
+    failed = [f"{Cell.of(r).words}: {r['error']}" for r in records if "error" in r]
     if not good:
         return "\n".join(["There are no results.", *failed])
     first = good[-1]
@@ -316,7 +316,7 @@ def best(records: list[dict], flow: str, layers: int, target: str) -> Cell | Non
     if not own:
         return None
     chosen = min(own, key=lambda r: r["kl"])
-    return Cell(*(chosen[name] for name in Cell._fields))
+    return Cell.of(chosen)
 
 
 def options():
@@ -349,13 +349,7 @@ def main():
     left: list[Cell] = []
     if not args.report:
         asked = {"steps": args.steps, "samples": args.samples}
-        for record in records:
-            _common.refuse_change(args.out, record, asked)
-            _common.refuse_elsewhere(args.out, record.get("machine", {}), _common.machine())
-        # What failed is tried again.
-        records = [r for r in records if "error" not in r]
-        done = {Cell(*(r[name] for name in Cell._fields)) for r in records}
-        left = [cell for cell in cells(args) if cell not in done]
+        records, left = _common.left_over(args, records, asked, cells(args), Cell.of)
     log_z = {target: log_normaliser(target) for target in args.targets}
     # One schedule for all, so that a program is compiled once for each flow.
     anneal = linear_annealing(0.01, max(args.steps // 2, 1))

@@ -234,13 +234,10 @@ def main():
     records = _common.read_lines(args.out)
     left = []
     if not args.report:
-        for record in records:
-            _common.refuse_change(args.out, record, {"quick": args.quick})
-            _common.refuse_elsewhere(args.out, record.get("machine", {}), _common.machine())
-        # What failed is tried again.
-        records = [r for r in records if "error" not in r]
-        done = {(r["sweep"], r["task"], r["value"]) for r in records}
-        left = [point for point in points(args) if point not in done]
+        asked = {"quick": args.quick}
+        records, left = _common.left_over(
+            args, records, asked, points(args), lambda r: (r["sweep"], r["task"], r["value"])
+        )
     while left and time.monotonic() - begun <= args.budget:
         point = left.pop(0)
         print(f"{time.monotonic() - begun:5.0f} s  {point.words}", file=sys.stderr, flush=True)

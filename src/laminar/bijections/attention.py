@@ -7,7 +7,7 @@ from laminar._errors import ShapeError
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import AbstractElementwise
-from laminar.bijections.templates import as_elementwise
+from laminar.bijections.templates import as_elementwise, as_template
 from laminar.nn.attention import CausalTransformer
 from laminar.nn.mlp import Activation
 
@@ -38,19 +38,8 @@ class TransformerAutoregressive(AbstractBijection):
     batch_last: ClassVar[bool] = True
 
     def __init__(self, template: AbstractTransform, net: CausalTransformer):
-        if template.in_shape != () or template.out_shape != ():
-            raise ShapeError(
-                f"TransformerAutoregressive: the template must be a scalar map of shape (), and "
-                f"{template.name} maps {template.in_shape} to {template.out_shape}."
-            )
-        self.template = as_elementwise(template)
+        self.template = as_template("TransformerAutoregressive", template, net.params)
         self.net = net
-        count = self.template.params.shape[0]
-        if count != net.params:
-            raise ShapeError(
-                f"TransformerAutoregressive: {template.name} takes {count} parameters, the network "
-                f"gives {net.params}."
-            )
 
     @property
     def in_shape(self) -> Shape:

@@ -6,11 +6,10 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 
-from laminar._errors import ShapeError
 from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import AbstractElementwise
-from laminar.bijections.templates import as_elementwise
+from laminar.bijections.templates import as_elementwise, as_template
 from laminar.nn.masked import MaskedMLP
 
 _LARGE = 4  # of 184, 989 and 2,944 parameters on 128 units, the two latter gain (on a CPU)
@@ -44,19 +43,8 @@ class MaskedAutoregressive(AbstractBijection):
     batch_last: ClassVar[bool] = True
 
     def __init__(self, template: AbstractTransform, net: MaskedMLP):
-        if template.in_shape != () or template.out_shape != ():
-            raise ShapeError(
-                f"MaskedAutoregressive: the template must be a scalar map of shape (), and "
-                f"{template.name} maps {template.in_shape} to {template.out_shape}."
-            )
-        self.template = as_elementwise(template)
+        self.template = as_template("MaskedAutoregressive", template, net.params)
         self.net = net
-        count = self.template.params.shape[0]
-        if count != net.params:
-            raise ShapeError(
-                f"MaskedAutoregressive: {template.name} takes {count} parameters, the network "
-                f"gives {net.params}."
-            )
 
     @property
     def in_shape(self) -> Shape:

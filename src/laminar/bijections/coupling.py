@@ -13,7 +13,7 @@ from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform, call, check_flat
 from laminar.bijections.elementwise import AbstractElementwise
-from laminar.bijections.templates import as_elementwise
+from laminar.bijections.templates import as_template
 from laminar.nn.conv import ConvNet
 from laminar.nn.mlp import MLP, Activation, Periodic, apply_network
 
@@ -225,12 +225,7 @@ def _check_split(shape: Shape, n_identity: int | None, cond_dim: int | Shape) ->
 
 def check_template(owner: str, template: AbstractTransform) -> AbstractElementwise:
     """The template of a coupling layer as an elementwise map; errors say why it cannot be one."""
-    if template.in_shape != () or template.out_shape != ():
-        raise ShapeError(
-            f"{owner}: the template must be a scalar map of shape (), and {template.name} maps "
-            f"{template.in_shape} to {template.out_shape}."
-        )
-    scalar = as_elementwise(template)
+    scalar = as_template(owner, template)
     if scalar.params.shape[0] == 0:
         raise InputError(
             f"{owner}: {template.name} has no parameters that a network could set; take a map "

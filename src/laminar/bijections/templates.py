@@ -171,6 +171,33 @@ def _is_kernel(part: AbstractElementwise) -> bool:
     return all(leaf is part.params for leaf in jtu.tree_leaves(partition(part)[0]))
 
 
+def as_template(
+    owner: str, template: AbstractTransform, params: int | None = None
+) -> AbstractElementwise:
+    """The template of a layer as an elementwise map; errors say why it cannot be one.
+
+    Args:
+        owner: The layer that errors name.
+        template: A scalar bijection of shape ().
+        params: How many parameters for each entry the layer's network gives, where it is known.
+
+    Raises:
+        ShapeError: If the template is not scalar, or the count does not fit it.
+    """
+    if template.in_shape != () or template.out_shape != ():
+        raise ShapeError(
+            f"{owner}: the template must be a scalar map of shape (), and {template.name} maps "
+            f"{template.in_shape} to {template.out_shape}."
+        )
+    scalar = as_elementwise(template)
+    count = scalar.params.shape[0]
+    if params is not None and count != params:
+        raise ShapeError(
+            f"{owner}: {template.name} takes {count} parameters, the network gives {params}."
+        )
+    return scalar
+
+
 def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
     """Use any scalar bijection, such as a `Chain` of scalar maps, where a kernel is asked for.
 

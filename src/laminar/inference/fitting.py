@@ -236,7 +236,7 @@ class _Fitter:
             if trail and self.anneal is not None:
                 objective = reverse_kl(self.target.log_density, self.samples)
             count = max(1, round(self.steps * part))
-            trained = self._train(round_key, flow, objective, count, _RATE)
+            trained = self._train(round_key, flow, objective, count, _RATE, self.notes)
             if trained is None:
                 break
             flow = trained
@@ -258,10 +258,10 @@ class _Fitter:
         refined = wide
         for part, round_key in zip(_REFINING, _children(last_key, len(_REFINING)), strict=True):
             count = max(1, round(self.steps * part))
-            again = self._train(round_key, refined.flow, objective, count, _REFINING_RATE)
+            # Where it fails, what was sound before is given, and is judged as it is.
+            told = (_REFINING_RATE, self.remarks)
+            again = self._train(round_key, refined.flow, objective, count, *told)
             if again is None:
-                # What was sound before is given, and is judged as it is.
-                self.remarks.append(self.notes.pop())
                 break
             refined = self._look(look_key, again)
             if refined.suffices or self._late():
@@ -275,9 +275,15 @@ class _Fitter:
         return _Look(flow, assess(own, flow, self.target, _TRIAL), self.target, wide)
 
     def _train(
-        self, key: PRNGKeyArray, flow: Flow, objective, steps: int, rate: float
+        self,
+        key: PRNGKeyArray,
+        flow: Flow,
+        objective,
+        steps: int,
+        rate: float,
+        failures: list[str],
     ) -> Flow | None:
-        """The flow after a round; None, and a note, where training stays non-finite."""
+        """The flow after a round; None, and a sentence, where training stays non-finite."""
         try:
             fitted, history = fit(
                 key,
@@ -293,7 +299,7 @@ class _Fitter:
                 progress=self.progress,
             )
         except TrainingError as error:
-            self.notes.append(f"Training failed, and what was there before is given: {error}")
+            failures.append(f"Training failed, and what was there before is given: {error}")
             return None
         if history.rollbacks:
             self.remarks.append(

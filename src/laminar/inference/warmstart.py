@@ -316,7 +316,7 @@ def _candidates(
     if points.shape[1] <= MOST_DENSE:
         axes, width = hill.axes(points)
         along = np.einsum("nij,ni->nj", axes, slope)
-        newton = points - np.einsum("nij,nj->ni", axes, width**2 * along)
+        newton = points - _newton(axes, width, slope)
         spreads = axes[:, None] * np.stack([_tempered(width, along), width], 1)[:, :, None]
     else:
         curvature = -diagonal_curvatures(hill.log_density, points, hill.dtype, noise)

@@ -18,7 +18,14 @@ from jax import lax
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.nn.mlp import Activation, Dense, activation_gain, affine, resolve_activation
+from laminar.nn.mlp import (
+    Activation,
+    Dense,
+    activation_gain,
+    affine,
+    film_layer,
+    resolve_activation,
+)
 
 
 class Conv(eqx.Module):
@@ -109,9 +116,7 @@ class GatedBlock(eqx.Module):
         self.outer = Dense(width, 2 * width, key=outer_key, gain=2 * a * gain)
         self.film = None
         if film_dim:
-            film = Dense(film_dim, 2 * width, key=film_key)
-            weight = film.weight.at[:width].set(0.0)
-            self.film = eqx.tree_at(lambda layer: layer.weight, film, weight)
+            self.film = film_layer(film_dim, width, key=film_key)
 
     def __call__(self, h: Array, condition: Array | None = None) -> Array:
         """``(width, *space, *batch) -> (width, *space, *batch)``."""

@@ -131,6 +131,15 @@ class Dense(eqx.Module):
         return y if self.bias is None else y + expand(self.bias, y.ndim)
 
 
+def film_layer(cond_dim: int, width: int, *, key: PRNGKeyArray) -> Dense:
+    """The affine layer from a condition to scales γ and shifts β of so many units, in this order.
+
+    The scale half starts at γ = 0, the shift half at the size of the units it moves.
+    """
+    film = Dense(cond_dim, 2 * width, key=key)
+    return eqx.tree_at(lambda layer: layer.weight, film, film.weight.at[:width].set(0.0))
+
+
 class ResidualBlock(eqx.Module):
     """h + W₂ a(W₁ a(h)), the pre-activation block of He et al. (2016), with optional FiLM.
 
@@ -167,10 +176,7 @@ class ResidualBlock(eqx.Module):
         self.outer = Dense(width, width, key=outer_key, gain=a * gain)
         self.film = None
         if film_dim:
-            film = Dense(film_dim, 2 * width, key=film_key)
-            # The scale half starts at γ = 0, the shift half at the size of the units it moves.
-            weight = film.weight.at[:width].set(0.0)
-            self.film = eqx.tree_at(lambda layer: layer.weight, film, weight)
+            self.film = film_layer(film_dim, width, key=film_key)
 
     def __call__(self, h: Array, condition: Array | None = None) -> Array:
         """``(width, *batch) -> (width, *batch)``."""
