@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_LONG = ("bijections.md", "inference.md", "tables.md", "training.md", "vae.md")
+_LONG = ("bijections.md", "check.md", "inference.md", "tables.md", "training.md", "vae.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARAMS = [
     pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in _LONG))
@@ -22,7 +22,9 @@ PARAMS = [
 ]
 # The demo takes its time, and `make demo` is there to run it.
 EXAMPLES = [
-    pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name == "demo.py"))
+    pytest.param(
+        path, id=path.name, marks=[pytest.mark.slow] * (path.name in ("demo.py", "path.py"))
+    )
     for path in sorted((ROOT / "examples").glob("*.py"))
 ]
 

@@ -94,6 +94,7 @@ def test_a_step_of_training_reaches_all_parameters(build):
         assert grad.size == 0 or grad.any(), path
 
 
+@pytest.mark.slow
 def test_statistics_are_set_from_whole_numbers():
     flow = zoo.glow((1, 4, 4), key=jr.key(0), levels=8, **GLOW)
     x = jr.randint(jr.key(1), (1, 4, 4, 300), 0, 8).astype(float)

@@ -181,6 +181,7 @@ def test_a_conditional_flow_is_matched_behind_its_standardisation():
     np.testing.assert_array_equal(fitted.bijection.parts[1].params, standard.params)
 
 
+@pytest.mark.slow
 def test_rnode_is_the_likelihood_and_a_price():
     flow = eqx.tree_at(
         lambda f: f.bijection.field.net.head.weight,
@@ -203,6 +204,7 @@ def test_rnode_is_the_likelihood_and_a_price():
     assert history.best_loss < history.validation[0]
 
 
+@pytest.mark.slow
 def test_the_program_of_a_stack_does_not_grow_with_its_layers():
     batch = Batch(jr.normal(jr.key(1), (4, 2)))
 

@@ -165,6 +165,7 @@ def perturbed(flow, scale=0.1):
     return eqx.combine(jax.tree.unflatten(structure, moved), rest)
 
 
+@pytest.mark.slow
 def test_path_gradient_has_the_same_mean_and_no_variance_at_the_target():
     target = MultivariateNormal(np.array([1.0, -1.0]), np.array([[1.0, 0.6], [0.6, 2.0]]))
     path = reverse_kl(target._log_prob, 64)

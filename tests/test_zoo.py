@@ -31,7 +31,15 @@ def _both_ways(flow, x, condition=None):
     return run(flow, x, condition)
 
 
-@pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
+SHORT = ("nsf", "realnvp", "residual", "planar")
+"""Those that every run tries: masks, couplings, fixed points and roots. The long run tries all."""
+BUILDERS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in SHORT))
+    for name in sorted(zoo.BUILDERS)
+]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("dim", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_flow_starts_as_its_base_and_inverts_at_random_parameters(name, dim):
     flow = zoo.BUILDERS[name](dim, key=jr.key(0), cond_dim=2, **SMALL)

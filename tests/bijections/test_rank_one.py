@@ -132,6 +132,7 @@ def test_a_radial_map_inverts_near_its_centre_and_far_away(raw):
         )
 
 
+@pytest.mark.slow
 def test_gradients_through_the_inverses_are_those_of_the_implicit_function():
     with jax.enable_x64(True):
         y = 0.8 * jr.normal(jr.key(5), (4,), jnp.float64)

@@ -124,6 +124,7 @@ def test_roulette_is_unbiased_in_value_and_gradient(lipschitz, probes):
     assert not _mean_within_errors(_value_and_gradient(short, x)(keys), exact)
 
 
+@pytest.mark.slow
 def test_the_power_series_is_what_it_says():
     with jax.enable_x64(True):
         layer = jtu.tree_map(

@@ -261,7 +261,7 @@ COUPLED = [
         "coupling_film",
         lambda key: _coupling(E.Affine(max_log_scale=1.0), key, cond_dim=2, film=True),
     ),
-    Case("coupling_spline", lambda key: _coupling(RationalQuadratic(4), key)),
+    Case("coupling_spline", lambda key: _coupling(RationalQuadratic(4), key), slow=True),
     Case(
         "coupling_one",
         lambda key: _coupling(RationalQuadratic(4), key, dim=1, cond_dim=2),
@@ -436,7 +436,7 @@ def _leapfrog(key, **options):
 MONOTONE = [
     Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key), long=True),
     Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2), slow=True),
-    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key), long=True),
+    Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key), slow=True),
     Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key), slow=True),
     Case("naf", _autoregressive(3, Invert(DeepSigmoidal(3)), 2), slow=True),
     Case(

@@ -117,6 +117,7 @@ def test_it_serves_as_a_prior():
     assert draws["x"].shape == (7, 2)
 
 
+@pytest.mark.slow
 def test_a_bijection_is_a_numpyro_transform():
     t = FlowTransform(flow().bijection)
     x = jr.normal(KEY, (3, 4, 2))

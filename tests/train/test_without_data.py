@@ -46,6 +46,7 @@ def test_without_data_what_belongs_to_data_is_refused():
             )
 
 
+@pytest.mark.slow
 def test_without_data_a_target_that_is_nan_is_named():
     with pytest.raises(TrainingError, match="every layer is finite, for draws of its own"):
         without_data(50, lambda x: jnp.log(x).sum())
