@@ -14,7 +14,16 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_LONG = ("bijections.md", "check.md", "inference.md", "tables.md", "training.md", "vae.md")
+_LONG = (
+    "bijections.md",
+    "check.md",
+    "estimators.md",
+    "inference.md",
+    "report.md",
+    "tables.md",
+    "training.md",
+    "vae.md",
+)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARAMS = [
     pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in _LONG))

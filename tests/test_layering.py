@@ -13,7 +13,8 @@ SOURCE = ROOT / "src" / "laminar"
 CONFIG = ROOT / "pyproject.toml"
 
 # Optional or slow packages, which only functions may import. The command line's own entry is built
-# with Typer and may load it at once; the bridge to NumPyro subclasses its classes.
+# with Typer and may load it at once; the bridge to NumPyro subclasses its classes, and the
+# estimators those of scikit-learn.
 LAZY = {
     "pyarrow",
     "matplotlib",
@@ -26,7 +27,7 @@ LAZY = {
     "numpyro",
     "arviz",
 }
-MAY_IMPORT = {"cli": {"typer"}, "inference": {"numpyro"}}
+MAY_IMPORT = {"cli": {"typer"}, "inference": {"numpyro"}, "estimators": {"sklearn"}}
 
 
 def lint(source: Path) -> subprocess.CompletedProcess[str]:

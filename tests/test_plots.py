@@ -10,15 +10,8 @@ import pytest
 
 import laminar
 from laminar._errors import InputError, MissingExtraError, ShapeError
-from laminar.report.plots import (
-    _choose_pair,
-    _followed,
-    _limits,
-    _spread,
-    plot_history,
-    plot_pairs,
-    plot_path,
-)
+from laminar.report.plots import _choose_pair, _spread, plot_history, plot_pairs, plot_path
+from laminar.report.views import limits
 from laminar.train.history import History
 
 KEY = jr.key(0)
@@ -63,18 +56,8 @@ def test_path_follows_the_heaviest_deep_part_of_a_mixture(flow, rows):
     shallow = laminar.Flow(laminar.Normal(2), laminar.Affine(shape=(2,)))
     mixture = laminar.Mixture([shallow, flow], jnp.log(jnp.array([0.7, 0.3])))
     whole = laminar.Flow(mixture, laminar.Frozen(laminar.Affine(jnp.ones(2), 2.0)))
-    followed, share = _followed(whole)
-    assert share == pytest.approx(0.3)
-    assert len(followed.path(jnp.zeros((1, 2))).points) == 6
     figure = plot_path(whole, rows, key=KEY)
     assert "weight 0.30" in figure.subfigs[1].get_suptitle()
-    nested = laminar.Flow(flow, laminar.Affine(shape=(2,)))
-    followed, share = _followed(laminar.Flow(laminar.Mixture([shallow, nested]), shallow.bijection))
-    assert share == 0.5
-    assert len(followed.path(jnp.zeros((1, 2))).points) == 7
-    alone, share = _followed(flow)
-    assert share is None
-    assert jnp.array_equal(alone.log_prob(rows), flow.log_prob(rows))
 
 
 def test_path_of_a_table_is_in_the_tables_units(tmp_path):
@@ -186,6 +169,6 @@ def test_most_correlated_pair_is_chosen():
 
 def test_windows_leave_outliers_out():
     values = np.concatenate([np.linspace(0, 1, 1000), [1e9, np.nan]])
-    low, high = _limits(values, values)
+    low, high = limits(values, values)
     assert -0.2 < low < 0.05
     assert 0.95 < high < 1.2

@@ -126,6 +126,10 @@ if TYPE_CHECKING:
     from laminar.distributions import Normal as Normal
     from laminar.distributions import StudentT as StudentT
     from laminar.distributions import Uniform as Uniform
+    from laminar.estimators.classification import FlowClassifier as FlowClassifier
+    from laminar.estimators.density import FlowDensity as FlowDensity
+    from laminar.estimators.outlier import FlowOutlier as FlowOutlier
+    from laminar.estimators.regression import FlowRegressor as FlowRegressor
     from laminar.flow import Flow as Flow
     from laminar.flow import Path as Path
     from laminar.io import load as load
@@ -278,6 +282,10 @@ _NAMES = {
         "StudentT",
         "Uniform",
     ),
+    "laminar.estimators.classification": ("FlowClassifier",),
+    "laminar.estimators.density": ("FlowDensity",),
+    "laminar.estimators.outlier": ("FlowOutlier",),
+    "laminar.estimators.regression": ("FlowRegressor",),
     "laminar.flow": ("Flow", "Path"),
     "laminar.io": ("load", "read_header", "save"),
     "laminar.matching": ("flow_matching", "rnode"),
@@ -323,6 +331,7 @@ _MODULES = (
     "diagnose",
     "directional",
     "distributions",
+    "estimators",
     "export",
     "flow",
     "inference",
@@ -333,6 +342,7 @@ _MODULES = (
     "objectives",
     "preset",
     "report",
+    "scores",
     "spaces",
     "tables",
     "testing",

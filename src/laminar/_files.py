@@ -267,6 +267,13 @@ def unpack(path: PathLike, *, kind: str, version: int) -> tuple[Any, dict[str, n
         ModelFileError: If it is something else, damaged, or newer.
     """
     path, data = _read(path, kind, whole=True)
+    return unpack_bytes(data, path, kind=kind, version=version)
+
+
+def unpack_bytes(
+    data: bytes, path: Path, *, kind: str, version: int
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Verify the bytes of a container as `unpack` does; errors call them by `path`."""
     description = _describe(path, data, kind, version)
     try:
         tensors = safetensors.deserialize(data)

@@ -37,6 +37,7 @@ _PACKAGES = (
     "laminar.distributions",
     "laminar.conditional",
     "laminar.directional",
+    "laminar.mixed",
     "laminar.flow",
 )
 _UPPER_PACKAGES = ("laminar.tables", "laminar.inference", "laminar.tasks")

@@ -23,6 +23,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import equinox as eqx
@@ -34,12 +35,30 @@ import numpy as np
 from jax.core import Tracer
 
 from laminar._errors import InputError, ModelFileError
-from laminar._files import DTYPES, PathLike, atomic_write, check_writable, pack, peek, unpack
+from laminar._files import (
+    DTYPES,
+    PathLike,
+    atomic_write,
+    check_writable,
+    pack,
+    peek,
+    unpack,
+    unpack_bytes,
+)
 from laminar._registry import Lookup, is_named_tuple, is_record, place, register
 from laminar._typing import PyTree
 from laminar._version import __version__
 
-__all__ = ["FORMAT_VERSION", "Header", "load", "read_header", "register", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Header",
+    "from_bytes",
+    "load",
+    "read_header",
+    "register",
+    "save",
+    "to_bytes",
+]
 
 FORMAT_VERSION = 1
 _KIND = "model"
@@ -106,6 +125,13 @@ def save(
             as in ``flow.bijection.parts[0].net.activation``), or the file cannot be written.
     """
     check_writable(path)
+    atomic_write(path, to_bytes(tree, meta, classes=classes))
+
+
+def to_bytes(
+    tree: PyTree, meta: Mapping[str, Any] | None = None, *, classes: Iterable[Any] = ()
+) -> bytes:
+    """What `save` writes, for those who keep it elsewhere than in a file; arguments as there."""
     meta = {} if meta is None else dict(meta)
     try:
         json.dumps(meta, allow_nan=False)
@@ -122,7 +148,7 @@ def save(
         "meta": meta,
         "tree": writer.node(tree, root, 0),
     }
-    atomic_write(path, pack(writer.arrays, body, kind=_KIND, version=FORMAT_VERSION))
+    return pack(writer.arrays, body, kind=_KIND, version=FORMAT_VERSION)
 
 
 def load(path: PathLike, *, classes: Iterable[Any] = ()) -> PyTree:
@@ -141,6 +167,17 @@ def load(path: PathLike, *, classes: Iterable[Any] = ()) -> PyTree:
             newer version, or holds a class that is not known.
     """
     body, arrays = unpack(path, kind=_KIND, version=FORMAT_VERSION)
+    return _read_tree(path, body, arrays, classes)
+
+
+def from_bytes(data: bytes, *, classes: Iterable[Any] = ()) -> PyTree:
+    """Read what `to_bytes` made; errors as in `load`."""
+    path = Path("the model")
+    body, arrays = unpack_bytes(data, path, kind=_KIND, version=FORMAT_VERSION)
+    return _read_tree(path, body, arrays, classes)
+
+
+def _read_tree(path: PathLike, body: Any, arrays: Any, classes: Iterable[Any]) -> PyTree:
     if not isinstance(body, dict) or "tree" not in body:
         raise ModelFileError(f"{path} holds no model.")
     return _Reader(path, Lookup(classes), arrays).value(body["tree"], "model", 0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
 
@@ -18,6 +19,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen
 from laminar._typing import Array, Callable, PRNGKeyArray, Shape
 from laminar.density import AbstractDistribution
+from laminar.mixed import WITHHELD
 
 Annealing = Callable[[Array], Array]
 
@@ -58,6 +60,33 @@ def nll(
     inner, x, condition = take_rows("nll", flow, batch)
     mean, total = weighted_mean(inner._log_prob(x, condition, key=key), batch.weights)
     return -mean, {"log_prob": mean, "weight": total}
+
+
+class WithheldNLL(eqx.Module):
+    """`nll` of mixed rows some of whose cells are withheld, so that the law of any is learned.
+
+    Half of the rows are as they are. Of each other row a share of the cells, itself uniform on
+    (0, 1), is withheld at random; see `laminar.mixed`. Where losses are compared, nothing is.
+
+    Args:
+        share: Of the rows from which cells are withheld.
+    """
+
+    share: float = eqx.field(static=True, default=0.5)
+
+    def __call__(self, flow: AbstractDistribution, batch: Batch, key: PRNGKeyArray, *, step=None):
+        """The loss and what `nll` gives beside it."""
+        if step is None:
+            return nll(flow, batch, key)
+        rows_key, share_key, cell_key, key = jr.split(key, 4)
+        x = jnp.asarray(batch.x, flow.dtype)
+        count = (x.shape[0], 1)
+        share = jnp.where(
+            jr.bernoulli(rows_key, self.share, count), jr.uniform(share_key, count), 0
+        )
+        gone = jr.uniform(cell_key, (x.shape[0], x.shape[2])) < share
+        state = jnp.where(gone, WITHHELD, x[:, 1])
+        return nll(flow, batch._replace(x=x.at[:, 1].set(state)), key)
 
 
 def take_rows(

@@ -150,8 +150,12 @@ def test_info_and_data(folder):
         {},
         {"table": "t.csv"},
         {"table": 3, "flow": [], "rows": "many", "seed": None, "held_out": {"log_density": 1}},
-        {"held_out": {"log_density": None, "error": None}, "gaussian": 2, "precision": 1},
-        {"table": "t.csv", "rows": 90, "gaussian": {"log_density": 1.0, "error": 0.1}},
+        {"held_out": {"log_density": None, "error": None}, "baseline": 2, "precision": 1},
+        {
+            "table": "t.csv",
+            "rows": 90,
+            "baseline": {"name": "a Gaussian", "log_density": 1.0, "error": 0.1},
+        },
     ],
 )
 def test_info_on_models_saved_from_python(folder, tmp_path, meta):

@@ -12,9 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from laminar._errors import InputError
+from laminar.tables.cells import Cells
 from laminar.tables.read import SUFFIXES, read_table, write_table
 from laminar.tables.table import Table, array_table
 
+TWENTY = "1,2\n" * 20
 VALUES = np.array([0.1, -1e300, 1 / 3, 5e-324, 1.7e9 + 2**-20])
 
 
@@ -87,15 +89,12 @@ def test_csv_dialects(tmp_path, name, text, names, values):
         ("twice.csv", "a,b,a\n1,2,3\n", ["two columns named 'a'"]),
         ("unnamed.csv", "a,,c\n1,2,3\n", ["column 2 has no name"]),
         ("headless.csv", "1,2\n3,4\n", ["line of numbers", "names"]),
-        ("text.csv", "a,b\n1,2\n3,x\n4,y\n", ["'b'", "row 2", "'x'", "1 more"]),
-        ("date.csv", "a\n2024-01-01\n", ["'a'", "row 1", "'2024-01-01'", "not a number"]),
-        ("underscore.csv", "a\n1_000\n", ["'1_000'"]),
-        ("missing.csv", "a,b\n1,2\n3,\nNA,nan\n", ["'a'", "1 missing", "row 3", "1 other column"]),
+        ("typo.csv", f"a,b\n{TWENTY}3,x\n4,y\n", ["'b'", "row 21", "'x'", "1 more"]),
         ("infinite.csv", "a\n1\ninf\n-inf\n1e999\n", ["'a'", "3 infinite", "row 2"]),
         ("long.csv", "a,b\n1,2\n3,4,5\n", ["row 2", "3 cells", "2 columns"]),
         ("short.csv", "a,b\n1,2\n\n3\n", ["row 2", "1 cell", "2 columns"]),
         ("exact.csv", "a\n1\n9007199254740993\n", ["'a'", "row 2", "9007199254740993", "2**53"]),
-        ("latin.csv", b"a\xe9,b\n1,2\n", ["UTF-8"]),
+        ("binary.csv", b"a\x81,b\n1,2\n", ["UTF-8"]),
         ("gzip.csv.gz", b"no gzip", ["gzip.csv.gz", "gzip"]),
         ("fake.parquet", "hello", ["fake.parquet", "Parquet"]),
         ("fake.arrow", "hello, world", ["fake.arrow", "Arrow"]),
@@ -109,6 +108,23 @@ def test_bad_files(tmp_path, name, text, parts):
     assert str(tmp_path / name) in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("text.csv", "a,b\n1,2\n3,x\n4,y\n", ["'b'", "row 1", "'2'", "not a number"]),
+        ("date.csv", "a\n2024-01-01\n", ["'a'", "row 1", "'2024-01-01'", "not a number"]),
+        ("underscore.csv", "a\n1_000\n", ["'1_000'"]),
+        ("missing.csv", "a,b\n1,2\n3,\nNA,nan\n", ["'a'", "1 missing", "row 3", "1 other column"]),
+    ],
+)
+def test_where_only_numbers_will_do(tmp_path, name, text, parts):
+    path = write(tmp_path / name, text)
+    message = error(path, numeric=True)
+    for part in (path, *parts):
+        assert part in message
+    read_table(path)
 
 
 def test_what_is_not_there(tmp_path):
@@ -125,28 +141,117 @@ def test_what_is_not_there(tmp_path):
 
 def test_types_of_parquet_columns(tmp_path):
     path = tmp_path / "t.parquet"
+    zoned = pa.timestamp("us", "Europe/Berlin")
     columns = {
         "half": pa.array([0.5, 2.0], pa.float32()),
         "cents": pa.array([decimal.Decimal("1.25"), decimal.Decimal(2)]),
         "truth": [True, False],
         "day": [datetime.date(2024, 1, 1)] * 2,
         "word": ["x", "y"],
+        "level": pa.DictionaryArray.from_arrays([1, 0], ["low", "high", "top"], ordered=True),
+        "view": pa.array(["x", None], pa.string_view()),
+        "nothing": pa.nulls(2),
+        "moment": pa.array([0, 1_500_000], zoned),
+        "day64": pa.array([None, 86_400_000], pa.date64()),
         "code": pa.array([3, 4]).dictionary_encode(),
         "hole": [None, 1.5],
         "id": [1, 2**53 + 1],
         "id2": pa.array([1, 2**64 - 1], pa.uint64()),
         "even": [2**60, -(2**53)],
+        "list": [[1], [2]],
+        "clock": [datetime.time(10), None],
+        "bytes": [b"x", b"y"],
     }
     pyarrow.parquet.write_table(pa.table(columns), path)
     table = read_table(path, ["half", "cents", "truth", "code", "even"])
     np.testing.assert_array_equal(
         table.values, [[0.5, 1.25, 1, 3, 2.0**60], [2, 2, 0, 4, -(2.0**53)]]
     )
-    assert "date32" in error(path, ["day"])
-    assert "string" in error(path, ["word"])
-    assert "1 missing" in error(path, ["hole"])
+    kinds = ("number", "number", "boolean", "integer", "integer")
+    assert table.cells == tuple(map(Cells, kinds))
+    rest = ["day", "word", "level", "view", "nothing", "moment", "day64", "hole"]
+    table = read_table(path, rest)
+    gap = np.nan
+    np.testing.assert_array_equal(
+        table.values, [[0, 0, 1, 0, gap, 0, gap, gap], [0, 1, 0, gap, gap, 1500, 0, 1.5]]
+    )
+    assert table.cells == (
+        Cells("datetime", unit="D", origin=19_723),
+        Cells("text", ("x", "y")),
+        Cells("text", ("low", "high", "top"), ordered=True),
+        Cells("text", ("x",)),
+        Cells(),
+        Cells("datetime", unit="ms", zone="Europe/Berlin"),
+        Cells("datetime", unit="D", origin=1),
+        Cells(),
+    )
+    assert "1 missing" in error(path, ["hole"], numeric=True)
+    for name, kind in (("list", "list"), ("clock", "time64"), ("bytes", "binary")):
+        assert "row 1 holds" in error(path, [name])
+        assert f"of type {kind}" in error(path, [name])
     assert "row 2 holds 9007199254740993" in error(path, ["id"])
     assert "row 2 holds 18446744073709551615" in error(path, ["id2"])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather", ".csv", ".tsv", ".csv.gz"])
+def test_a_table_of_every_kind_comes_back(tmp_path, suffix):
+    """The same numbers and the same meaning; CSV has no order of levels and no names of zones."""
+    gap = np.nan
+    typed = suffix in (".parquet", ".arrow", ".feather")
+    zone = "Europe/Berlin" if typed else "+01:00"
+    kinds = {
+        "x": (Cells(), [0.1, gap, -1e300]),
+        "n": (Cells("integer"), [1, gap, 2.0**53]),
+        "b": (Cells("boolean"), [gap, 1, 0]),
+        "t": (Cells("text", ("", "a, b") if typed else ("NA", "a, b")), [0, gap, 1]),
+        "o": (Cells("text", ("a", "b"), ordered=typed), [1, 0, gap]),
+        "d": (Cells("datetime", unit="D", origin=-5), [0, 3, gap]),
+        "s": (Cells("datetime", unit="s", origin=1_700_000_000), [0, gap, 1]),
+        "ns": (Cells("datetime", unit="ns", origin=-1), [2, 0, gap]),
+        "z": (Cells("datetime", unit="s", origin=1_700_000_000, zone=zone), [0, 1, gap]),
+        "u": (Cells("datetime", unit="D", origin=19_000, zone="UTC"), [0, 1, gap]),
+    }
+    values = np.stack([values for _, values in kinds.values()], axis=1)
+    table = Table(tuple(kinds), values, cells=tuple(cells for cells, _ in kinds.values()))
+    path = tmp_path / f"t{suffix}"
+    write_table(path, table)
+    again = read_table(path)
+    np.testing.assert_array_equal(again.values, table.values)
+    assert again.cells == table.cells
+    # The decoded cells of any column can be written too; a zone is all they lack.
+    write_table(path, table.decoded())
+    again = read_table(path)
+    np.testing.assert_array_equal(
+        again.select(["x", "t", "d", "ns"]).values, values[:, [0, 3, 5, 7]]
+    )
+    if typed:
+        unseen = Table(("o",), np.array([[1.0], [-1.0]]), cells=(table.cells[4],))
+        write_table(path, unseen)
+        assert read_table(path).decoded()["o"].tolist() == ["b", "(unseen)"]
+
+
+def test_clocks_that_change_are_written_as_they_are(tmp_path):
+    """CSV shows each date with its offset; those of times before offsets are given in UTC."""
+    for origin, shown in ((1_700_000_000, "+0200"), (-4_000_000_000, "Z")):
+        cells = Cells("datetime", unit="s", origin=origin, zone="Europe/Berlin")
+        table = Table(("z",), np.array([[0.0], [2e7 + 1]]), cells=(cells,))
+        write_table(tmp_path / "t.csv", table)
+        again = read_table(tmp_path / "t.csv")
+        np.testing.assert_array_equal(again.values, table.values)
+        assert again.cells[0].zone == "UTC"
+        assert shown in (tmp_path / "t.csv").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_numpys_files_hold_numbers_only(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    write_table(path, {"x1": np.array([True, None, False], object), "x2": np.array([1, 2, 3])})
+    np.testing.assert_array_equal(read_table(path).values, [[1, 1], [np.nan, 2], [0, 3]])
+    for name, cells in (("text", ["a", None]), ("day", np.array(["2024-01-01"], "M8[D]"))):
+        with pytest.raises(InputError, match=rf"'{name}'.*\.csv, .*\.parquet"):
+            write_table(path, {name: np.asarray(cells)})
+    with pytest.raises(InputError, match="'mixed' cannot be written"):
+        write_table(tmp_path / "t.csv", {"mixed": np.array(["a", 1], object)})
 
 
 def test_arrow_streams_are_read_too(tmp_path):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laminar._errors import InputError
-from laminar.tables.schema import dependent, grid_step, learn_column, learn_schema, location_scale
+from laminar.tables.infer import grid_step, learn_column, location_scale
+from laminar.tables.schema import dependent, learn_schema
 from laminar.tables.table import Table
 
 
@@ -15,24 +16,25 @@ def rng():
 
 
 @pytest.mark.parametrize(
-    ("values", "kind", "resolution", "levels"),
+    ("values", "discrete", "resolution", "levels"),
     [
-        (rng().normal(size=500), "continuous", 0, 0),
-        (rng().integers(0, 17, 500), "discrete", 1, 0),
-        (1.7e9 + 60 * rng().integers(0, 100, 1000), "discrete", 60, 0),
-        (1.7e9 + 1e-3 * rng().integers(0, 200, 1000), "discrete", 1e-3, 0),
-        (np.float32(0.01) * rng().integers(0, 300, 2000).astype(np.float32), "discrete", 0.01, 0),
-        (rng().integers(0, 300, 1000) / 3, "discrete", 1 / 3, 0),
-        (np.round(rng().normal(size=50), 3), "continuous", 0, 0),
-        (rng().choice([1.25, 3.333, 9.99, 24.5], 400), "discrete", 2.083, 4),
-        (np.repeat(rng().normal(size=500), 2), "continuous", 0, 0),
-        (np.array([0.0, 1.0] * 30), "discrete", 1, 0),
-        (np.arange(30.0), "continuous", 0, 0),
+        (rng().normal(size=500), False, 0, 0),
+        (rng().integers(0, 17, 500), True, 1, 0),
+        (1.7e9 + 60 * rng().integers(0, 100, 1000), True, 60, 0),
+        (1.7e9 + 1e-3 * rng().integers(0, 200, 1000), True, 1e-3, 0),
+        (np.float32(0.01) * rng().integers(0, 300, 2000).astype(np.float32), True, 0.01, 0),
+        (rng().integers(0, 300, 1000) / 3, True, 1 / 3, 0),
+        (np.round(rng().normal(size=50), 3), False, 0, 0),
+        (rng().choice([1.25, 3.333, 9.99, 24.5], 400), True, 2.083, 4),
+        (np.repeat(rng().normal(size=500), 2), False, 0, 0),
+        (np.array([0.0, 1.0] * 30), True, 1, 0),
+        (np.arange(30.0), False, 0, 0),
     ],
 )
-def test_kinds(values, kind, resolution, levels):
+def test_ties(values, discrete, resolution, levels):
     column = learn_column("c", values.astype(np.float64))
-    assert column.kind == kind
+    assert column.kind == "real"
+    assert column.discrete == discrete
     assert column.resolution == pytest.approx(resolution, rel=1e-4)
     assert len(column.levels) == levels
 
@@ -40,7 +42,8 @@ def test_kinds(values, kind, resolution, levels):
 def test_a_value_that_many_rows_share_is_smoothed():
     values = np.where(rng().random(1000) < 0.4, 0.0, rng().lognormal(size=1000))
     column = learn_column("c", values)
-    assert column.kind == "continuous"
+    assert column.kind == "real"
+    assert not column.discrete
     assert column.levels == (0.0,)
     assert 0 < column.resolution < 0.1
     near, far = 0.49 * column.resolution, 0.51 * column.resolution
@@ -97,8 +100,8 @@ def test_extreme_magnitudes(size):
 def test_date_like_columns_are_exact():
     values = 1.7e9 + np.arange(400) * 2.0**-10
     schema = learn_schema(Table(("t",), values[:, None]))
-    z = schema.standardise(values[:, None])
-    np.testing.assert_allclose(schema.restore(z)[:, 0], values, rtol=0, atol=2.0**-21)
+    z, _ = schema.encode(values[:, None])
+    np.testing.assert_allclose(schema.decode(z)[:, 0], values, rtol=0, atol=2.0**-21)
     np.testing.assert_allclose(np.diff(z[:, 0]) * schema.modelled[0].scale, 2.0**-10, rtol=1e-4)
 
 
@@ -116,16 +119,13 @@ def test_ties_come_back_exactly_from_within_their_noise():
         ),
     )
     schema = learn_schema(table)
-    assert [column.kind for column in schema.columns] == [
-        "discrete",
-        "discrete",
-        "constant",
-        "discrete",
-    ]
-    z = schema.standardise(table.values)
+    assert [column.discrete for column in schema.columns] == [True, True, False, True]
+    assert schema.columns[2].kind == "constant"
+    assert not schema.mixed
+    z, _ = schema.encode(table.values)
     assert z.shape == (300, 3)
     noise = 0.999 * schema.noise * rng().uniform(-0.5, 0.5, z.shape)
-    np.testing.assert_array_equal(schema.restore(z + noise), table.values)
+    np.testing.assert_array_equal(schema.decode(z + noise), table.values)
     assert sum("constant" in note for note in schema.notes()) == 1
     assert sum("dequantised" in note for note in schema.notes()) == 3
 

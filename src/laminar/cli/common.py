@@ -14,6 +14,7 @@ import typer
 from laminar._errors import InputError
 
 if TYPE_CHECKING:
+    from laminar.tables.anomaly import Detector
     from laminar.tables.flow import TableFlow
     from laminar.tables.table import Table
 
@@ -58,6 +59,14 @@ GivenOption = Annotated[
 ColumnsOption = Annotated[
     str | None,
     typer.Option("--columns", help="Columns to model, separated by commas; all when absent."),
+]
+KindOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind",
+        help="NAME=KIND where it is not to be inferred: real, positive, bounded:LOW:HIGH, integer, "
+        "ordinal, boolean, categorical, datetime or ignored.",
+    ),
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Steps of gradient descent.")]
 TimeOption = Annotated[
@@ -192,6 +201,28 @@ def names_of(option: str, text: str | None) -> list[str] | None:
     return names
 
 
+def pairs_of(option: str, texts: Sequence[str], what: str) -> dict[str, str]:
+    """Name → value, from NAME=VALUE, also where several stand in one option with commas between."""
+    found: dict[str, str] = {}
+    for text in texts:
+        parts = text.split(",")
+        for pair in parts if all("=" in part for part in parts) else [text]:
+            name, mark, value = pair.rpartition("=")
+            name, value = name.strip(), value.strip()
+            if not mark or not name or not value:
+                raise InputError(
+                    f"{option} {pair!r} is not NAME={what}; write for instance "
+                    f"{option} {name or 'a'}={_EXAMPLES[what]}."
+                )
+            if name in found:
+                raise InputError(f"{option} names {name!r} twice; give one value.")
+            found[name] = value
+    return found
+
+
+_EXAMPLES = {"VALUE": "1.5", "KIND": "categorical"}
+
+
 def output_file(path: str, *inputs: str, option: str = "--out") -> None:
     """Refuse an output that cannot be written or that is one of the inputs, before any work."""
     from laminar._files import check_writable
@@ -303,22 +334,34 @@ def model_precision(path: str) -> Precision:
     """The precision a model was fitted in; a file that is no model is an error here already."""
     from laminar.io import read_header
 
-    double = any(dtype == "float64" for dtype, _ in read_header(path).arrays.values())
+    # What a calibration keeps of a table is in float64 whatever the model computes in.
+    arrays = read_header(path).arrays.items()
+    double = any(d == "float64" for name, (d, _) in arrays if not name.startswith("calibration."))
     return "float64" if double else "float32"
 
 
 def load_model(path: str) -> "TableFlow":
     """A model that `fit` wrote."""
     from laminar import io
+    from laminar.tables.anomaly import Detector
     from laminar.tables.flow import TableFlow
 
     model = io.load(path)
+    model = model.model if isinstance(model, Detector) else model
     if not isinstance(model, TableFlow):
         raise InputError(
             f"{path} holds a {type(model).__name__} and not a table's flow; load it in Python with "
             f"laminar.load."
         )
     return model
+
+
+def load_detector(path: str) -> "Detector":
+    """A model that `fit` wrote, with the calibration it carries."""
+    from laminar import io
+    from laminar.tables.anomaly import Detector
+
+    return Detector.of(io.load(path), path)
 
 
 def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "Table":

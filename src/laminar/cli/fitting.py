@@ -12,6 +12,7 @@ from laminar.cli.common import (
     ColumnsOption,
     GivenOption,
     JsonOption,
+    KindOption,
     NoCacheOption,
     Precision,
     PrecisionOption,
@@ -27,6 +28,7 @@ from laminar.cli.common import (
     jax_session,
     names_of,
     output_file,
+    pairs_of,
     print_table,
     same_file,
     say,
@@ -46,6 +48,13 @@ def fit(
     weights: Annotated[
         str | None, typer.Option("--weights", help="Column of the rows' weights.")
     ] = None,
+    kind: KindOption = None,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="Let any columns be missing, held fixed or filled in later."
+        ),
+    ] = False,
     flow: Annotated[
         str, typer.Option("--flow", help=f"{', '.join(FLOWS[:-1])} or {FLOWS[-1]}.")
     ] = "auto",
@@ -80,7 +89,8 @@ def fit(
     _check_outputs(table, out, checkpoint)
     rows = _read(table, columns, given, weights)
     options |= {"given": names_of("--given", given) or (), "weights": weights}
-    options |= {"flow": flow, "seed": seed}
+    options |= {"flow": flow, "seed": seed, "partial": partial}
+    options |= {"kinds": pairs_of("--kind", kind or [], "KIND")}
     with jax_session(precision, no_cache):
         report = _fit_and_save(rows, out, checkpoint, resume, precision, options)
     if as_json:
@@ -146,7 +156,8 @@ def _print_fit(table: str, out: str, report: dict[str, Any]) -> None:
         f"columns, {report['seconds']:.1f} s"
     )
     print(f"held-out log-density   {with_error(report['held_out'])}")
-    print(f"a Gaussian's           {with_error(report['gaussian'])}")
+    name = report["baseline"]["name"]
+    print(f"{name:<22} {with_error(report['baseline'])}")
     print(f"({report['held_out_rows']:,} rows held out; nats a row, in the table's units)")
     parts = sorted(report["training"].get("parts", ()), key=lambda e: -e["weight"])
     for entry in parts[:4]:
@@ -165,6 +176,7 @@ def compare(
     ] = "auto,nsf,maf,realnvp",
     columns: ColumnsOption = None,
     given: GivenOption = None,
+    kind: KindOption = None,
     steps: StepsOption = None,
     time_limit: TimeOption = None,
     batch_size: BatchOption = None,
@@ -192,6 +204,7 @@ def compare(
             rows,
             list(dict.fromkeys(names)),
             given=names_of("--given", given) or (),
+            kinds=pairs_of("--kind", kind or [], "KIND"),
             seed=seed,
             notify=say,
             progress=True,

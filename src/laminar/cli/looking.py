@@ -53,13 +53,13 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
             column["name"],
             column["role"],
             column["kind"],
-            f"{column['location']:.6g}",
-            "" if column["kind"] == "constant" else f"{column['scale']:.6g}",
+            column["range"],
+            "missing" if column["missing"] else "",
             f"{column['resolution']:.6g}" if column["resolution"] else "",
         )
         for column in columns
     ]
-    print_table("columns", ("name", "role", "kind", "location", "scale", "resolution"), lines)
+    print_table("columns", ("name", "role", "kind", "about", "gaps", "resolution"), lines)
 
 
 def _history(meta: dict[str, Any], parameters: int) -> list[str]:
@@ -76,9 +76,11 @@ def _history(meta: dict[str, Any], parameters: int) -> list[str]:
     parts += [f"seed {meta['seed']}"] if isinstance(meta.get("seed"), int) else []
     parts += [meta["precision"]] if isinstance(meta.get("precision"), str) else []
     lines = [", ".join([*parts, f"{parameters:,} parameters"])]
+    baseline = meta.get("baseline")
+    other = str(baseline.get("name")) if isinstance(baseline, dict) else ""
     shown = [
         f"{what} {with_error(meta[name])}"
-        for what, name in (("held-out log-density", "held_out"), ("a Gaussian's", "gaussian"))
+        for what, name in (("held-out log-density", "held_out"), (other, "baseline"))
         if _is_score(meta.get(name))
     ]
     if shown:
@@ -94,14 +96,48 @@ def _is_score(value: Any) -> bool:
 
 
 def _column(column: Any, role: str) -> dict[str, Any]:
+    import numpy as np
+
     return {
         "name": column.name,
         "role": role,
         "kind": column.kind,
+        "range": _range(column),
         "location": column.location,
         "scale": column.scale,
         "resolution": column.resolution,
+        "missing": column.missing,
+        "categories": [str(cell) for cell in column.cells.decode(np.asarray(column.codes))],
     }
+
+
+def _range(column: Any) -> str:
+    """A column's values in a few words: its categories, or where the middle of them lies."""
+    import numpy as np
+
+    from laminar.tables.table import listing
+
+    if column.states_only:
+        cells = column.cells.decode(np.asarray([*column.codes, *column.rare]))
+        return listing([str(cell) for cell in cells], 4)
+    if column.kind == "ignored":
+        return ""
+    if column.kind == "constant":
+        return "empty" if np.isnan(column.location) else _shown(column, column.location)
+    middle = column.unstandardise(np.zeros(1))[0]
+    spread = column.unstandardise(np.array([-1.0, 1.0]))
+    if column.cells.kind == "datetime":
+        return " to ".join(_shown(column, x) for x in spread)
+    return f"{middle:.6g} ({spread[0]:.6g} to {spread[1]:.6g})"
+
+
+def _shown(column: Any, x: float) -> str:
+    import numpy as np
+
+    if column.cells.kind == "integer":
+        return f"{x:g}"
+    cell = column.cells.decode(np.asarray([x]))[0]
+    return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
 
 
 def data(as_json: JsonOption = False) -> None:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from laminar._errors import LaminarError
-from laminar.cli import fitting, looking, posterior, using
+from laminar.cli import anomalies, fitting, looking, posterior, report, using
 from laminar.cli.common import fail
 
 
@@ -77,10 +77,15 @@ app.command()(fitting.fit)
 app.command()(using.score)
 app.command()(using.sample)
 app.command()(using.check)
+app.command()(anomalies.detect)
+app.command()(anomalies.drift)
+app.command()(anomalies.impute)
 app.command()(fitting.compare)
 app.command()(looking.info)
 app.command()(looking.data)
 app.command()(looking.export)
+app.command()(report.report)
+app.command()(report.plot)
 app.command()(posterior.posterior)
 
 

@@ -12,19 +12,24 @@ from laminar.cli.common import (
     NoCacheOption,
     SeedOption,
     TableArgument,
+    at_least,
     check_seed,
     emit_json,
     jax_session,
+    load_detector,
     load_model,
     model_precision,
     output_table,
+    pairs_of,
     read_for,
     say,
     with_error,
 )
 
 if TYPE_CHECKING:
+    from laminar.tables.anomaly import Detector
     from laminar.tables.flow import TableFlow
+    from laminar.tables.table import Table
 
 
 def score(
@@ -33,15 +38,25 @@ def score(
     out: Annotated[
         str, typer.Option("--out", "-o", help="Table to write: columns row and log_density.")
     ],
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Add p-values, and the columns that make rows strange."),
+    ] = False,
+    top: Annotated[
+        int, typer.Option("--top", help="With --explain: explain so many rows, the strangest ones.")
+    ] = 20,
     no_cache: NoCacheOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score every row of TABLE.
 
-    Writes the log-density of each row, in nats and in the units of the columns.
+    Writes the log-density of each row, in nats and in the units of the columns. With --explain also
+    the default anomaly score, its conformal p-value, and for the strangest rows the three columns
+    whose cells are least probable beside the others.
     """
     import numpy as np
 
+    at_least("--top", top, 0)
     output_table(out, model, table)
     with jax_session(model_precision(model), no_cache):
         from laminar.tables.flow import weighted_mean
@@ -51,7 +66,10 @@ def score(
         rows = read_for(flow, model, table)
         log_p = flow.log_prob(rows)
         _ignored_conditions(flow, rows)
-        write_table(out, {"row": rows.rows, "log_density": log_p})
+        columns = {"row": rows.rows, "log_density": log_p}
+        if explain:
+            columns |= _explained(load_detector(model), rows, top)
+        write_table(out, columns)
         outside = int(np.isneginf(log_p).sum())
         mean = weighted_mean(log_p)
     if as_json:
@@ -62,6 +80,19 @@ def score(
         print(f"{outside:,} rows lie outside the support: their log-density is -inf")
 
 
+def _explained(detector: "Detector", rows: "Table", top: int) -> dict[str, Any]:
+    """The columns that --explain adds; reasons are empty but for the strangest rows."""
+    import numpy as np
+
+    from laminar.cli.anomalies import reason_columns
+
+    found = detector.score(rows)
+    at = np.lexsort((found.score, found.p_value))[:top]
+    reasons = detector.explain(rows.take(at)) if len(at) else []
+    own = {"score": found.score, "p_value": found.p_value}
+    return own | reason_columns(reasons, len(rows), at)
+
+
 def sample(
     model: ModelArgument,
     n: Annotated[int, typer.Option("-n", help="Rows to draw, for each given row.")],
@@ -69,6 +100,10 @@ def sample(
     given: Annotated[
         list[str] | None,
         typer.Option("--given", help="NAME=VALUE for each given column, or a table of given rows."),
+    ] = None,
+    fix: Annotated[
+        list[str] | None,
+        typer.Option("--fix", help="NAME=VALUE that all rows shall have: the others follow."),
     ] = None,
     seed: SeedOption = 0,
     no_cache: NoCacheOption = False,
@@ -91,8 +126,9 @@ def sample(
         conditions = _conditions(flow, model, given or [])
         count = n * (len(conditions) if conditions is not None and not _is_map(conditions) else 1)
         _refuse_too_many(count, len(flow.schema.names))
-        drawn = flow.sample(jr.key(seed), n, conditions)
-        write_table(out, dict(zip(drawn.names, drawn.values.T, strict=True)))
+        fixed = pairs_of("--fix", fix, "VALUE") if fix else None
+        drawn = flow.sample(jr.key(seed), n, conditions, fixed=fixed)
+        write_table(out, drawn)
     if as_json:
         emit_json(
             {"model": model, "out": out, "rows": len(drawn), "columns": drawn.names, "seed": seed}
@@ -113,32 +149,7 @@ def _conditions(flow: "TableFlow", model: str, given: list[str]) -> Any:
         if not flow.schema.given:
             raise InputError(f"{model} takes no condition; sample without --given.")
         return read_for(flow, model, given[0], given=False)
-    values: dict[str, float] = {}
-    for text in _pairs(given):
-        name, mark, value = text.rpartition("=")
-        name = name.strip()
-        try:
-            number = float(value)
-        except ValueError:
-            number = None
-        if not mark or not name or number is None:
-            raise InputError(
-                f"--given {text!r} is not NAME=VALUE with a number; write for instance "
-                f"--given {name or 'a'}=1.5."
-            )
-        if name in values:
-            raise InputError(f"--given names {name!r} twice; give one value.")
-        values[name] = number
-    return values
-
-
-def _pairs(given: list[str]) -> list[str]:
-    """The pairs NAME=VALUE, also where several stand in one option with commas between."""
-    pairs: list[str] = []
-    for text in given:
-        parts = text.split(",")
-        pairs += parts if all("=" in part for part in parts) else [text]
-    return pairs
+    return pairs_of("--given", given, "VALUE")
 
 
 def _refuse_too_many(rows: int, columns: int) -> None:

@@ -14,12 +14,13 @@ its longest path has columns, each for all columns of a level at once.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 from jax.core import Tracer
@@ -69,6 +70,9 @@ class MaskedMLP(eqx.Module):
             i of the parameters then depends on the parents of i alone.
         periodic: Whether inputs are angles; the first layer then sees their cosines and sines, so
             that the network is continuous on the torus.
+        features: How many numbers the network sees of each input, where it is not the input
+            itself. `units` then takes these, ``(Σ features, *batch)``, and `columns` stands in for
+            `sequential`.
         key: Draws the weights, LeCun-normal over the connections that the mask leaves.
 
     Raises:
@@ -94,6 +98,7 @@ class MaskedMLP(eqx.Module):
     activation: Callable[[Array], Array] = eqx.field(static=True)
     graph: Graph | None = eqx.field(static=True)
     periodic: bool = eqx.field(static=True, default=False)
+    features: tuple[int, ...] | None = eqx.field(static=True, default=None)
     batch_last: ClassVar[bool] = True
 
     def __init__(
@@ -109,6 +114,7 @@ class MaskedMLP(eqx.Module):
         order: Array | None = None,
         graph: ArrayLike | Sequence[Sequence[int]] | None = None,
         periodic: bool = False,
+        features: Sequence[int] | None = None,
         key: PRNGKeyArray,
     ):
         for name, value in {"dim": dim, "params": params, "width": width, "depth": depth}.items():
@@ -117,6 +123,13 @@ class MaskedMLP(eqx.Module):
         self.dim, self.params, self.width, self.depth = dim, params, width, depth
         self.cond_dim, self.residual, self.activation = cond_dim, residual, activation
         self.periodic = periodic
+        self.features = None if features is None else tuple(int(n) for n in features)
+        if self.features is not None and (periodic or graph is not None):
+            raise InputError(
+                "MaskedMLP takes features without periodic inputs and without a graph."
+            )
+        if self.features is not None and len(self.features) != dim:
+            raise ShapeError(f"MaskedMLP: {len(self.features)} numbers of features, {dim} inputs.")
         self.graph = None if graph is None else parents_of(graph, dim)
         if self.graph is not None:
             if order is not None:
@@ -154,8 +167,11 @@ class MaskedMLP(eqx.Module):
             sees = jnp.tile(jnp.asarray(units.sees), (1, 1 + self.periodic))
             return sees, jnp.asarray(units.hidden), jnp.asarray(units.head)
         degree = jnp.asarray(degrees(self.dim, self.width, self.cond_dim > 0))
+        inputs = jnp.tile(self.order, 1 + self.periodic)
+        if self.features is not None:
+            inputs = self.order[np.repeat(np.arange(self.dim), self.features)]
         return (
-            degree[:, None] > jnp.tile(self.order, 1 + self.periodic)[None, :],
+            degree[:, None] > inputs[None, :],
             degree[:, None] >= degree[None, :],
             self.order[:, None] >= degree[None, :],
         )
@@ -232,6 +248,15 @@ class MaskedMLP(eqx.Module):
     def parameters(self, h: Array, offset: Array | None = None) -> Array:
         """The parameters ``(P, D, *batch)`` that the last hidden units give."""
         return affine(self._masked_head(), self._offset(offset), h)
+
+    def some_parameters(
+        self, h: Array, params: slice, inputs: np.ndarray, offset: Array | None = None
+    ) -> Array:
+        """As `parameters`, for some of the parameters of some inputs."""
+        weight = self.head[params][:, inputs]
+        weight = jnp.where(self._masks()[2][None, inputs], weight, 0)
+        bias = self.head_bias[params][:, inputs]
+        return affine(weight, bias if offset is None else bias + offset[:, None], h)
 
     def _offset(self, offset: Array | None) -> Array:
         """The bias of the head, ``(P, D)``, with what is added to every column of it."""
@@ -346,6 +371,77 @@ class MaskedMLP(eqx.Module):
         if alone:
             return y, log_det
         return jnp.take(y, self.order, axis=0, unique_indices=True, mode="clip"), log_det
+
+    def columns(
+        self,
+        step: Callable[[Array, Any], tuple[Array, Any]],
+        xs: Any,
+        batch: Shape,
+        condition: Array | None = None,
+    ) -> Any:
+        r"""The incremental pass over inputs of several `features` each, in the layer's order.
+
+        Step d gives the parameters of the d-th input to `step`, which answers with what the network
+        sees of that input from then on. As in `sequential` all steps together cost about one pass.
+
+        Args:
+            step: Maps parameters ``(P, *batch)`` and the slice of `xs` at an input to its features
+                ``(max features, *batch)``, zero beyond its own, and anything else.
+            xs: A tree of arrays ``(D, …)``, in the natural order of the inputs.
+            batch: The batch shape.
+            condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
+
+        Returns:
+            What `step` gave besides, stacked in the natural order.
+        """
+        counts = np.asarray(self.features)
+        ndim, most = len(batch) + 1, int(counts.max())
+        level, _ = self._levels()
+        rows, start, valid = _blocks(level, 0, self.dim)
+        padding = _overhang(rows, start, self.width)
+        (first, hidden), head = self._masked_body(), self._masked_head()
+        place = jnp.argsort(self.order)
+        # The store of features is in the layer's order, so that the block a step writes runs over
+        # rows of later inputs only, which are still zero.
+        by_order = jnp.argsort(self.order[np.repeat(np.arange(self.dim), counts)], stable=True)
+        first = jnp.pad(first[:, by_order], [(0, 0), (0, most)])
+        sizes = jnp.asarray(counts)[place]
+        moves = {
+            "begin": jnp.cumsum(sizes) - sizes,
+            "start": jnp.asarray(start),
+            "valid": jnp.asarray(valid),
+            "first": first[rows],
+            "offset": self._condition_term(condition, ndim)[rows],
+            "hidden": [jnp.pad(w[rows], [(0, 0), (0, 0), (0, padding)]) for w in hidden],
+            "hidden_bias": [b[rows] for b in self.hidden_bias],
+            "head": jnp.pad(jnp.moveaxis(head[:, place], 1, 0), [(0, 0), (0, 0), (0, padding)]),
+            "bias": self.head_bias[:, place].T,
+            "x": jtu.tree_map(lambda x: x[place], xs),
+        }
+
+        def body(carry, at):
+            seen, stores = carry[0], list(carry[1])
+
+            def put(j, a):
+                a = jnp.where(expand(at["valid"], ndim), a, 0)
+                stores[j] = lax.dynamic_update_slice_in_dim(stores[j], a, at["start"], 0)
+                return stores[j]
+
+            def product(j, a):
+                bias = expand(at["hidden_bias"][j], ndim)
+                return matmul(at["hidden"][j], put(j, a)) + bias
+
+            h = put(-1, self._body(matmul(at["first"], seen) + at["offset"], product))
+            theta = matmul(at["head"], h) + expand(at["bias"], ndim)
+            block, out = step(theta, at["x"])
+            seen = lax.dynamic_update_slice_in_dim(seen, block, at["begin"], 0)
+            return (seen, tuple(stores)), out
+
+        dtype = self.head.dtype
+        seen = jnp.zeros((int(counts.sum()) + most, *batch), dtype)
+        store = jnp.zeros((self.width + padding, *batch), dtype)
+        _, out = lax.scan(body, (seen, (*(store,) * len(hidden), store)), moves)
+        return jtu.tree_map(lambda y: jnp.take(y, self.order, axis=0), out)
 
 
 def as_order(owner: str, dim: int, order: Array | None) -> Array:

@@ -12,14 +12,10 @@ import numpy as np
 
 from laminar._errors import InputError, ShapeError
 from laminar._files import PathLike
-from laminar._params import Frozen
 from laminar._typing import ArrayLike, PRNGKeyArray
-from laminar.bijections.base import Identity
-from laminar.bijections.compose import Chain
-from laminar.bijections.path import step_names
-from laminar.flow import Flow
-from laminar.mixtures import Mixture
 from laminar.report.canvas import DATA, DPI, FLOW, INK, dress, figure_class, finish
+from laminar.report.motion import followed as part_followed
+from laminar.report.views import limits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 
 SHADE = "Greys"
 HUES = "plasma"
-
-_TRIM = 0.005  # share of the data left outside the window on each side
 
 
 def plot_path(
@@ -85,7 +79,7 @@ def plot_path(
     i, j = _choose_pair(rows, labels, columns)
     shown = rows[np.asarray(jr.permutation(row_key, len(rows)))[:count]]
     samples = np.asarray(flow.sample(sample_key, (len(shown),), subject.condition), np.float64)
-    followed, share = _followed(flow)
+    followed, share = part_followed(flow)
     points = _path(followed, path_key, len(shown), subject.condition)
     picked = _spread(len(points), frames)
 
@@ -164,7 +158,7 @@ def plot_pairs(
     grid = figure.subplots(size, size, squeeze=False)
     count = min(count, len(a), len(b))
     a_shown, b_shown = a[:: max(1, len(a) // count)][:count], b[:: max(1, len(b) // count)][:count]
-    ranges = {c: _limits(np.concatenate([a[:, c], b[:, c]]), a[:, c]) for c in picked}
+    ranges = {c: limits(np.concatenate([a[:, c], b[:, c]]), a[:, c]) for c in picked}
     for r, row in enumerate(picked):
         for c, column in enumerate(picked):
             axes = grid[r, c]
@@ -285,54 +279,24 @@ def _subject(model: Any, data: Any, names: Sequence[str] | None, condition: Any)
         labels = _names(names, rows.shape[1])
         return _Subject(model, rows, labels, condition, lambda x, columns: x[:, list(columns)])
     schema = model.schema
+    if schema.mixed:
+        raise InputError(
+            "plot_path follows flows of real columns, and this table has others; "
+            "laminar.report.pictures.write_pictures draws it."
+        )
     given = None
     if condition is not None:
         values = np.array([[float(condition[name]) for name in schema.given_names]])
         given = schema.condition(values)
         given = None if given is None else given[0].astype(model.flow.dtype)
-    rows = _table(schema.standardise(data.select(schema.names).values))
+    table = data.select(schema.names).align({name: schema.cells[name] for name in schema.names})
+    rows = _table(schema.encode(table.values)[0])
 
     def restore(z: np.ndarray, columns: tuple[int, ...]) -> np.ndarray:
         return np.stack([schema.modelled[c].restore(z[:, c]) for c in columns], axis=1)
 
     labels = _names(names or [column.name for column in schema.modelled], rows.shape[1])
     return _Subject(model.flow, rows, labels, given, restore)
-
-
-def _followed(flow: Any) -> tuple[Any, float | None]:
-    """The flow whose path is drawn, and its share if it is a part of a mixture.
-
-    A flow whose base is a flow becomes one flow of all steps; of a mixture the heaviest of the
-    parts with more than one step is followed.
-    """
-    share = None
-    maps, base = [], flow
-    while True:
-        if isinstance(base, Flow) and (base.embed is None or base is flow):
-            maps.insert(0, _bare(base.bijection))
-            base = _bare(base.base)
-        elif isinstance(base, Mixture) and isinstance(base.components, tuple):
-            parts = [_bare(part) for part in base.components]
-            weights = np.asarray(base.weights)
-            best = max(range(len(parts)), key=lambda n: (_steps(parts[n]) > 1, weights[n]))
-            share = float(weights[best]) * (1.0 if share is None else share)
-            base = parts[best]
-        else:
-            break
-    whole = isinstance(flow, Flow)
-    embed, shape = (flow.embed, flow.cond_shape) if whole else (None, flow.cond_shape)
-    return Flow(base, Chain(maps or [Identity(flow.shape)]), embed, shape), share
-
-
-def _steps(part: Any) -> int:
-    """How many steps a part has, those of a base that is a flow included."""
-    if not isinstance(part, Flow):
-        return 0
-    return len(step_names(_bare(part.bijection))) + _steps(_bare(part.base))
-
-
-def _bare(part: Any) -> Any:
-    return part.value if isinstance(part, Frozen) else part
 
 
 def _path(flow: Any, key: PRNGKeyArray, count: int, condition: Any) -> list[np.ndarray]:
@@ -384,20 +348,8 @@ def _spread(length: int, frames: int) -> list[int]:
     return sorted({round(k) for k in np.linspace(0, length - 1, max(frames, 2))})
 
 
-def _limits(values: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """An interval that holds nearly all finite values and all of the middle of the reference."""
-    values, reference = values[np.isfinite(values)], reference[np.isfinite(reference)]
-    if not len(values) or not len(reference):
-        return -1.0, 1.0
-    low, high = np.quantile(reference, [_TRIM, 1 - _TRIM])
-    outer = np.quantile(values, [_TRIM, 1 - _TRIM])
-    low, high = min(low, outer[0]), max(high, outer[1])
-    margin = 0.06 * (high - low) or max(abs(low), 1.0) * 0.05
-    return float(low - margin), float(high + margin)
-
-
 def _window(points: np.ndarray, reference: np.ndarray) -> tuple[tuple[float, float], ...]:
-    return tuple(_limits(points[:, d], reference[:, d]) for d in range(2))
+    return tuple(limits(points[:, d], reference[:, d]) for d in range(2))
 
 
 def _names(names: Sequence[str] | None, dim: int) -> list[str]:

@@ -1,178 +1,23 @@
-"""CSV, Parquet, Arrow and Feather files as tables, through pyarrow."""
+"""Columns to and from Arrow, and Parquet, Arrow and Feather files as tables, through pyarrow."""
 
-import re
-from collections.abc import Callable, Sequence
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from laminar._errors import InputError, MissingExtraError
-from laminar.tables.table import EXACT, Table, choose, first_line, inexact, refuse_duplicates, short
+from laminar.tables.cells import (
+    EXACT,
+    NANOSECONDS,
+    Cells,
+    datetime_column,
+    datetime_counts,
+    short,
+    text_column,
+)
+from laminar.tables.table import Table, choose, first_line, inexact
 
-# ------------------------------------------------------------------------------------ CSV
-
-
-def read_csv(path: str, wanted: list[str] | None, also: Sequence[str], _key: None) -> Table:
-    """CSV with a header line, as `laminar.tables.read.read_table` says."""
-    pa, pc, csv = arrow("compute", "csv")
-    header, skip, delimiter = _csv_header(path)
-    names = choose(header, wanted, also, path)
-
-    def parse(kind: Any, columns: Sequence[str], **convert: Any):
-        return csv.read_csv(
-            path,
-            read_options=csv.ReadOptions(column_names=header, skip_rows=skip),
-            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=csv.ConvertOptions(
-                include_columns=columns, column_types=dict.fromkeys(columns, kind), **convert
-            ),
-        )
-
-    def parse_text(columns: Sequence[str]):
-        return parse(
-            pa.string(), columns, strings_can_be_null=True, quoted_strings_can_be_null=True
-        )
-
-    try:
-        try:
-            data = parse(pa.float64(), names)
-            values = np.column_stack([data[name].to_numpy() for name in names])
-        except pa.ArrowInvalid as error:
-            if "conversion error" not in str(error):
-                raise
-            text = parse_text(names)
-            values = np.column_stack([_numbers(text[name], name, path, pa, pc) for name in names])
-        large = [n for n, big in zip(names, _any_beyond(values), strict=True) if big]
-        if large:
-            _refuse_inexact_text(parse_text(large), large, path)
-    except pa.ArrowInvalid as error:
-        raise _csv_error(path, header, skip, delimiter, error) from None
-    return Table(tuple(names), values, path)
-
-
-def _csv_header(path: str) -> tuple[list[str], int, str]:
-    """The column names, the lines up to the end of the header, and the delimiter."""
-    import csv
-    import gzip
-    import zlib
-
-    opener: Callable[..., IO[str]] = gzip.open if path.lower().endswith(".gz") else open  # type: ignore[assignment]
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            blank, line = 0, stream.readline()
-            while line and not line.strip():
-                blank, line = blank + 1, stream.readline()
-            if not line:
-                raise InputError(f"{path} is empty; it needs a header line and rows of numbers.")
-            delimiter = "\t" if path.lower().endswith(".tsv") else _delimiter(line)
-
-            def lines():
-                yield line
-                yield from stream
-
-            reader = csv.reader(lines(), delimiter=delimiter)
-            header = [name.strip() for name in next(reader)]
-            skip = blank + reader.line_num
-    except zlib.error as error:
-        raise InputError(f"{path} is a damaged gzip file: {first_line(error)}.") from None
-    except (UnicodeDecodeError, csv.Error, EOFError) as error:
-        raise InputError(
-            f"{path} is not a text file in UTF-8 ({first_line(error)}); save it as CSV in UTF-8."
-        ) from None
-    if any(_is_number(name) for name in header) and all(
-        _is_number(name) or not name for name in header
-    ):
-        raise InputError(
-            f"{path} begins with a line of numbers where the column names belong; "
-            f"add a first line that names the columns."
-        )
-    if not all(header):
-        raise InputError(
-            f"{path}: column {header.index('') + 1} has no name in the header line; name it, or "
-            "leave it out (pandas writes its index so: to_csv(…, index=False))."
-        )
-    refuse_duplicates(header, path)
-    return header, skip, delimiter
-
-
-def _delimiter(line: str) -> str:
-    """The first of the comma, the semicolon and the tab that stands outside quotes."""
-    bare = re.sub(r'"[^"]*("|$)', "", line)
-    return next((mark for mark in (",", ";", "\t") if mark in bare), ",")
-
-
-def _numbers(column: Any, name: str, path: str, pa: Any, pc: Any) -> np.ndarray:
-    """A text column as float64, or the error that names its first cell that is no number."""
-    distinct = pc.unique(column).drop_null().to_pylist()
-    if distinct and all(cell.strip().lower() in ("true", "false") for cell in distinct):
-        truth = pc.equal(pc.utf8_lower(pc.utf8_trim_whitespace(column)), "true")
-        return pc.cast(truth, pa.float64()).to_numpy()
-    bad = {cell for cell in distinct if not _is_number(cell)}
-    if not bad:
-        return np.array([np.nan if c is None else float(c) for c in column.to_pylist()])
-    cells = column.to_pylist()
-    rows = [row for row, cell in enumerate(cells) if cell in bad]
-    more = f" (and {len(rows) - 1:,} more such row{'s' * (len(rows) > 2)})" if len(rows) > 1 else ""
-    raise InputError(
-        f"{path}: column {name!r}, row {rows[0] + 1} holds {short(cells[rows[0]])}, which is not "
-        f"a number{more}; correct it, or choose other columns with --columns."
-    )
-
-
-def _csv_error(path: str, header: list[str], skip: int, delimiter: str, error: Exception):
-    """Turn Arrow's complaint into one that names the row, by reading once more in one thread."""
-    pa, csv = arrow("csv")
-    found: list[Any] = []
-
-    def note(row: Any) -> str:
-        found.append(row)
-        return "skip"
-
-    try:
-        csv.read_csv(
-            path,
-            read_options=csv.ReadOptions(column_names=header, skip_rows=skip, use_threads=False),
-            parse_options=csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
-            ),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
-        )
-    except pa.ArrowInvalid as other:
-        error = other
-    if not found:
-        return InputError(f"{path} is not a readable CSV file: {first_line(error)}.")
-    row = found[0]
-    where = f"row {row.number - skip}" if row.number else "a row"
-    return InputError(
-        f"{path}: {where} has {row.actual_columns} cell{'s' * (row.actual_columns != 1)} and the "
-        f"header names {row.expected_columns} columns; correct that row."
-    )
-
-
-def _is_number(cell: str) -> bool:
-    # Python would also take 1_000, which no other reader does.
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell
-
-
-def _any_beyond(values: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        return np.asarray(((np.abs(values) >= EXACT) & np.isfinite(values)).any(axis=0))
-
-
-def _refuse_inexact_text(text: Any, names: Sequence[str], path: str) -> None:
-    for name in names:
-        for row, cell in enumerate(text[name].to_pylist(), start=1):
-            cell = (cell or "").strip()
-            digits = cell.lstrip("+-")
-            if digits.isdecimal() and int(float(digits)) != int(digits):
-                raise inexact(path, name, row, cell)
-
-
-# ------------------------------------------------------------------------- Parquet and Arrow
+Column = tuple[np.ndarray, Cells]
 
 
 def read_parquet(path: str, wanted: list[str] | None, also: Sequence[str], _key: None) -> Table:
@@ -181,7 +26,7 @@ def read_parquet(path: str, wanted: list[str] | None, also: Sequence[str], _key:
     try:
         with pq.ParquetFile(path) as file:
             names = choose(file.schema_arrow.names, wanted, also, path)
-            return _from_arrow(file.read(columns=names), names, path)
+            return from_arrow(file.read(columns=names), names, path)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a Parquet file: {first_line(error)}.") from None
     except pa.ArrowException as error:
@@ -200,39 +45,180 @@ def read_arrow(path: str, wanted: list[str] | None, also: Sequence[str], _key: N
     except pa.ArrowException as error:
         raise InputError(f"{path} is not an Arrow or Feather file: {first_line(error)}.") from None
     names = choose(data.schema.names, wanted, also, path)
-    return _from_arrow(data, names, path)
+    return from_arrow(data, names, path)
 
 
-def _from_arrow(data: Any, names: Sequence[str], path: str) -> Table:
-    columns = [_arrow_column(data[name], name, path) for name in names]
-    values = np.column_stack(columns) if columns else np.zeros((data.num_rows, 0))
-    return Table(tuple(names), values, path)
+def from_arrow(data: Any, names: Sequence[str], source: str) -> Table:
+    """Some columns of a pyarrow table.
+
+    Raises:
+        InputError: When a column is of a type that has no numbers, texts or dates, or holds an
+            integer that float64 cannot.
+    """
+    columns = [arrow_column(data[name], name, source) for name in names]
+    return stacked(names, columns, data.num_rows, source)
 
 
-def _arrow_column(column: Any, name: str, path: str) -> np.ndarray:
+def stacked(names: Sequence[str], columns: Sequence[Column], rows: int, source: str) -> Table:
+    """A table of columns of numbers, each with its cells."""
+    values = np.column_stack([v for v, _ in columns]) if columns else np.zeros((rows, 0))
+    return Table(tuple(names), values, source, cells=tuple(cells for _, cells in columns))
+
+
+def arrow_column(column: Any, name: str, source: str) -> Column:
+    """The numbers of one pyarrow column, shape (N,), and what they stand for."""
     pa, pc = arrow("compute")
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
     kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return arrow_column(column.cast(kind.storage_type), name, source)
+    if pa.types.is_run_end_encoded(kind):
+        return arrow_column(pc.run_end_decode(column), name, source)
+    if pa.types.is_dictionary(kind) and not _is_text(kind.value_type):
+        return arrow_column(column.cast(kind.value_type), name, source)
+    if pa.types.is_dictionary(kind) or _is_text(kind):
+        return _text(column, name, source)
     if pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale <= 0):
-        values = pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64)
+        values = _floats(column)
         for row in np.flatnonzero(np.abs(values) >= EXACT):
             exact = column[int(row)].as_py()
             if int(values[row]) != int(exact):
-                raise inexact(path, name, int(row) + 1, str(exact))
-        return values
-    number = pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    if number or pa.types.is_boolean(kind) or pa.types.is_null(kind):
-        return pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64)
+                raise inexact(source, name, int(row) + 1, str(exact))
+        return values, Cells("integer")
+    if pa.types.is_boolean(kind):
+        return _floats(column), Cells("boolean")
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
+        return _floats(column), Cells()
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        return _dates(column)
     if pa.types.is_temporal(kind):
         advice = "turn it into a number, such as seconds"
     else:
-        advice = "turn it into numbers"
+        advice = "turn it into numbers or texts"
     first = column[0].as_py() if len(column) else None
     raise InputError(
-        f"{path}: column {name!r}, row 1 holds {short(str(first))} of type {kind}, which is not a "
-        f"number; {advice}, or choose other columns with --columns."
+        f"{source}: column {name!r}, row 1 holds {short(str(first))} of type {kind}, which is no "
+        f"number, text or date; {advice}, or choose other columns with --columns."
     )
+
+
+def _is_text(kind: Any) -> bool:
+    (pa,) = arrow()
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _floats(column: Any) -> np.ndarray:
+    pa, pc = arrow("compute")
+    return pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64, copy=False)
+
+
+def _text(column: Any, name: str, source: str) -> Column:
+    (pa,) = arrow()
+    ordered = pa.types.is_dictionary(column.type) and bool(column.type.ordered)
+    try:
+        indices, spelt = dictionary(column)
+        texts = spelt.to_pylist()
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: column {name!r} holds text that is not UTF-8.") from None
+    # A dictionary may name a text twice, and nothing.
+    levels = list(dict.fromkeys(text for text in texts if text is not None))
+    places = {text: float(place) for place, text in enumerate(levels)}
+    moved = np.array([*(places.get(text, np.nan) for text in texts), np.nan])
+    return text_column(moved[indices], levels, ordered)
+
+
+def dictionary(column: Any) -> tuple[np.ndarray, Any]:
+    """Positions in an array of texts, −1 where missing, and that array, of large strings."""
+    pa, pc = arrow("compute")
+    if pa.types.is_dictionary(column.type):
+        # Views of text, which Polars gives, cannot be unified.
+        chunks = [
+            pa.DictionaryArray.from_arrays(chunk.indices, chunk.dictionary.cast(pa.large_string()))
+            for chunk in column.chunks
+        ]
+        kind = pa.dictionary(column.type.index_type, pa.large_string())
+        whole = pa.chunked_array(chunks, kind).unify_dictionaries().combine_chunks()
+    else:
+        whole = pc.dictionary_encode(column.cast(pa.large_string()).combine_chunks())
+    indices = pc.fill_null(whole.indices.cast(pa.int64()), -1)
+    return indices.to_numpy(zero_copy_only=False), whole.dictionary
+
+
+def _dates(column: Any) -> Column:
+    pa, pc = arrow("compute")
+    kind = column.type
+    if pa.types.is_timestamp(kind):
+        unit, zone = kind.unit, kind.tz or ""
+    else:
+        unit, zone = ("D" if pa.types.is_date32(kind) else "ms"), ""
+    counts = column.cast(pa.int32()) if pa.types.is_date32(kind) else column
+    counts = pc.fill_null(counts.cast(pa.int64()), 0).to_numpy()
+    missing = pc.is_null(column).to_numpy(zero_copy_only=False) if column.null_count else None
+    absent = np.zeros(len(counts), bool) if missing is None else missing
+    return datetime_column(counts, absent, unit, zone)
+
+
+# ------------------------------------------------------------------------------------ to Arrow
+
+
+def to_arrow(columns: Table | Mapping[str, Any]) -> Any:
+    """A table, or arrays of cells by name, as a pyarrow table; missing cells are null.
+
+    Integers and booleans stay such, ordered levels become an ordered dictionary, and dates keep
+    their unit and zone. NaN in an array of floats stays NaN.
+
+    Raises:
+        InputError: When a column mixes cells that no Arrow type holds.
+    """
+    (pa,) = arrow()
+    if isinstance(columns, Table):
+        parts = zip(columns.names, columns.values.T, columns.cells, strict=True)
+        return pa.table({name: _from_cells(name, values, cells) for name, values, cells in parts})
+    return pa.table({name: _from_array(cells, name) for name, cells in columns.items()})
+
+
+def _from_cells(name: str, values: np.ndarray, cells: Cells) -> Any:
+    (pa,) = arrow()
+    missing = np.isnan(values)
+    if cells.kind == "datetime":
+        counts = cells.decode(values).astype(np.int64)
+        counts[missing] = 0
+        unit = cells.unit
+        if unit == "D" and (np.abs(counts) >= 2**31).any():
+            raise InputError(f"Column {name!r} holds a date that Arrow cannot: too far away.")
+        if unit == "D" and not cells.zone:
+            return pa.array(counts.astype(np.int32), mask=missing).cast(pa.date32())
+        if unit == "D":
+            unit, counts = "s", counts * (NANOSECONDS["D"] // NANOSECONDS["s"])
+        return pa.array(counts, mask=missing).cast(pa.timestamp(unit, cells.zone or None))
+    if cells.kind == "text" and cells.ordered and not (values < 0).any():
+        codes = pa.array(np.where(missing, 0, values).astype(np.int32), mask=missing)
+        return pa.DictionaryArray.from_arrays(
+            codes, pa.array(cells.levels, pa.string()), ordered=True
+        )
+    if cells.kind == "text":
+        return pa.array(cells.decode(values), pa.string())
+    if cells.kind == "boolean":
+        return pa.array(cells.decode(np.where(missing, 0.0, values)), mask=missing)
+    if cells.kind == "integer":
+        filled = cells.decode(np.where(missing, 0.0, values))
+        return pa.array(filled, mask=missing)
+    return pa.array(values, mask=missing)
+
+
+def _from_array(cells: Any, name: str) -> Any:
+    (pa,) = arrow()
+    array = np.asarray(cells)
+    if array.dtype.kind == "M":
+        counts, unit = datetime_counts(array)
+        array = counts.view(f"datetime64[{unit}]")
+    try:
+        return pa.array(array, from_pandas=array.dtype.kind == "O")
+    except (pa.ArrowException, OverflowError) as error:
+        raise InputError(
+            f"Column {name!r} cannot be written: {first_line(error)}; give it cells of one kind."
+        ) from None
 
 
 def arrow(*modules: str) -> tuple[Any, ...]:

@@ -2,15 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from laminar._errors import InputError
-from laminar.tables.baselines import Rows, gaussian, mixture
+from laminar.tables.baselines import Rows, gaussian, independent, mixture
 from laminar.tables.flow import MIN_ROWS, fit_table, split, weighted_mean
-from laminar.tables.schema import learn_schema
+from laminar.tables.schema import Schema, learn_schema
 from laminar.tables.table import Table
 
 TEST_SHARE = 0.2
@@ -22,11 +22,14 @@ def compare_table(
     flows: Sequence[str],
     *,
     given: Sequence[str] = (),
+    kinds: Mapping[str, str] | None = None,
     seed: int = 0,
     notify: Callable[[str], None] = lambda note: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score several flows, a Gaussian and a Gaussian mixture on the same rows.
+    """Score several flows and baselines on the same rows.
+
+    Baselines are a Gaussian and a Gaussian mixture; for mixed tables independent columns.
 
     A fifth of the rows, drawn by the seed, is set aside. The others are what every density has:
     flows hold out some of these again, to stop by; the number of components of the mixture is
@@ -37,6 +40,7 @@ def compare_table(
         table: Finite rows.
         flows: Names of flows, as `fit_table` takes them.
         given: Columns to condition on.
+        kinds: What some columns are, as `fit_table` takes it.
         seed: Of every draw.
         notify: Called with what a user should know about the columns, and with each name as its
             turn comes.
@@ -56,20 +60,25 @@ def compare_table(
     table.positions(given)
     train_rows, test_rows = split(len(table), TEST_SHARE, np.random.default_rng([seed, 1]))
     train, test = table.take(train_rows), table.take(test_rows)
+    fitted, _ = split(len(train), 0.1, np.random.default_rng(seed))
+    schema = learn_schema(train, given, fitted, kinds)
+    if schema.mixed and any(name != "auto" for name in flows):
+        notify("note: the table has columns that only auto can hold; the other flows are left out")
+        flows = ["auto"]
     log_p: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
     notes: list[str] = []
     for name in flows:
         notify(f"fitting {name}")
         begun = time.monotonic()
-        model, report = fit_table(train, given=given, flow=name, seed=seed, **options)
+        model, report = fit_table(train, given=given, kinds=kinds, flow=name, seed=seed, **options)
         log_p[name] = model.log_prob(test)
         seconds[name] = time.monotonic() - begun
         notes = report["notes"]
-    for name, fit in _baselines(seed).items():
+    for name, fit in _baselines(schema.mixed, seed).items():
         notify(f"fitting {name}")
         begun = time.monotonic()
-        log_p[name] = _baseline(fit, train, test, given, seed)
+        log_p[name] = _baseline(fit, schema, train, test, given, seed)
         seconds[name] = time.monotonic() - begun
     for note in notes:
         notify(f"note: {note}")
@@ -84,10 +93,15 @@ def compare_table(
     }
 
 
-def _baselines(seed: int) -> dict[str, Callable]:
+def _baselines(mixed: bool, seed: int) -> dict[str, Callable]:
+    """Functions of (fitted, held-out, test rows, laws): the log-densities of test rows."""
+    if mixed:
+        return {
+            "independent columns": lambda a, b, test, laws: independent(_both(a, b), test, laws)
+        }
     return {
-        "Gaussian": lambda fitted, held_out: gaussian(_both(fitted, held_out)),
-        "Gaussian mixture": lambda fitted, held_out: mixture(fitted, held_out, seed),
+        "Gaussian": lambda a, b, test, laws: gaussian(_both(a, b)).log_prob(test),
+        "Gaussian mixture": lambda a, b, test, laws: mixture(a, b, seed).log_prob(test),
     }
 
 
@@ -99,23 +113,24 @@ def _both(a: Rows, b: Rows) -> Rows:
 
 
 def _baseline(
-    fit: Callable, train: Table, test: Table, given: Sequence[str], seed: int
+    fit: Callable, schema: Schema, train: Table, test: Table, given: Sequence[str], seed: int
 ) -> np.ndarray:
     """Log-densities of the test rows in the units of the table."""
     rng = np.random.default_rng(seed)
     fitted, held_out = split(len(train), 0.1, rng)
-    schema = learn_schema(train, given, fitted)
 
-    def rows(part: Table, noisy: bool) -> Rows:
-        z = schema.standardise(part.select(schema.names).values)
-        if noisy:
+    def rows(part: Table, noisy: bool) -> tuple[Rows, np.ndarray]:
+        z, terms = schema.encode(part.select(schema.names).values)
+        if noisy and not schema.mixed:
             z = z + schema.noise * rng.uniform(-0.5, 0.5, z.shape)
         condition = schema.condition(part.select(given).values) if given else None
-        return Rows(z, condition)
+        return Rows(z, condition), terms
 
-    density = fit(rows(train.take(fitted), True), rows(train.take(held_out), True))
-    log_p = density.log_prob(rows(test, False)) + schema.log_det
-    return np.where(schema.on_support(test.select(schema.names).values), log_p, -np.inf)
+    own, stopping = (rows(train.take(part), True)[0] for part in (fitted, held_out))
+    scored, terms = rows(test, False)
+    with np.errstate(invalid="ignore"):
+        log_p = fit(own, stopping, scored, schema.laws if schema.mixed else ())
+    return np.where(np.isneginf(terms), -np.inf, log_p + terms)
 
 
 def _ranked(log_p: dict[str, np.ndarray], seconds: dict[str, float]) -> list[dict[str, Any]]:

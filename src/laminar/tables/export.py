@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from laminar._errors import InputError
 from laminar._files import PathLike
 from laminar.export import write_export
 from laminar.tables.flow import TableFlow
@@ -48,17 +49,40 @@ def _load(name):
     return jax.jit(jax.export.deserialize(bytearray(data)).call)
 
 
+def _modelled(column):
+    return column["kind"] not in ("constant", "ignored")
+
+
+def _transformed(column, x):
+    """A positive column's logarithm or a bounded one's logit, and the log of its slope."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = column["low"] or 0.0
+        above = np.where(x > low, x - low, np.nan)
+        if column["kind"] == "positive":
+            return np.log(above), -np.log(above)
+        if column["kind"] == "bounded":
+            below = np.where(x < column["high"], column["high"] - x, np.nan)
+            width = column["high"] - column["low"]
+            return np.log(above) - np.log(below), np.log(width) - np.log(above) - np.log(below)
+    # A whole number or a date on a fine grid counts with the probability of its cell.
+    cell = column["step"] > 0 and column["kind"] != "real"
+    return x, np.full(x.shape, np.log(column["step"]) if cell else 0.0)
+
+
 def _standardise(rows, columns):
-    kept = [i for i, column in enumerate(columns) if column["kind"] != "constant"]
-    location = np.array([columns[i]["location"] for i in kept])
-    scale = np.array([columns[i]["scale"] for i in kept])
+    rows = np.asarray(rows, float)
+    parts = [
+        (_transformed(column, x)[0] - column["location"]) / column["scale"]
+        for column, x in zip(columns, rows.T)
+        if _modelled(column)
+    ]
     with np.errstate(over="ignore"):
-        return jnp.asarray(((np.asarray(rows, float)[:, kept] - location) / scale).astype(_DTYPE))
+        return jnp.asarray(np.stack(parts, axis=1).astype(_DTYPE))
 
 
 def _conditions(given):
     """None, or the standardised conditions in a tuple of arguments."""
-    if all(column["kind"] == "constant" for column in _ALL_GIVEN):
+    if not any(map(_modelled, _ALL_GIVEN)):
         return ()
     return (_standardise(given, _ALL_GIVEN),)
 
@@ -75,13 +99,17 @@ def _onto_grid(x, origin, step):
 def _restore(column, z):
     """Back to the table's units, onto the values that a column of ties can take."""
     x = column["location"] + column["scale"] * np.asarray(z, float)
+    if column["kind"] == "positive":
+        x = (column["low"] or 0.0) + np.exp(x)
+    if column["kind"] == "bounded":
+        x = column["low"] + (column["high"] - column["low"]) / (1 + np.exp(-x))
     if column["step"] > 0:
         x = _onto_grid(x, column["origin"], column["step"])
-    if column["levels"]:
+    if column["levels"] and column["kind"] == "real":
         levels = np.array(column["levels"])
         nearest = levels[np.abs(x[:, None] - levels).argmin(axis=1)]
         near = np.abs(x - nearest) <= column["resolution"] / 2
-        x = np.where(near | (column["kind"] == "discrete"), nearest, x)
+        x = np.where(near | column["discrete"], nearest, x)
     return x
 
 
@@ -93,8 +121,11 @@ def log_density(rows, given=None):
     for column, cells in zip(_ALL, rows.T):
         if column["kind"] == "constant":
             log_p = np.where((cells == column["location"]) | np.isnan(cells), log_p, -np.inf)
-        else:
-            log_p = log_p - np.log(column["scale"])
+        elif _modelled(column):
+            # Outside the support the transformed value is NaN, and so is the log of its slope.
+            slope = _transformed(column, cells)[1] - np.log(column["scale"])
+            outside = np.isnan(slope) & ~np.isnan(cells)
+            log_p = np.where(outside, -np.inf, log_p + slope)
     return log_p
 
 
@@ -105,8 +136,9 @@ def sample(n=None, seed=0, given=None):
     z = np.asarray(_load("sample.bin")(jnp.array([0, seed], jnp.uint32), *rows))
     parts, position = [], 0
     for column in _ALL:
-        if column["kind"] == "constant":
-            parts.append(np.full(len(z), column["location"]))
+        if not _modelled(column):
+            value = column["location"] if column["kind"] == "constant" else np.nan
+            parts.append(np.full(len(z), value))
         else:
             parts.append(_restore(column, z[:, position]))
             position += 1
@@ -128,10 +160,16 @@ def export_table(model: TableFlow, path: PathLike) -> Path:
         The folder.
 
     Raises:
-        InputError: If the folder cannot be used or the flow cannot be exported.
+        InputError: If the folder cannot be used, the flow cannot be exported, or the columns are
+            not all numbers without gaps.
         MissingExtraError: If flatbuffers is not installed.
     """
     schema = model.schema
+    if schema.mixed or any(column.states_only or column.missing for column in schema.given):
+        raise InputError(
+            "Only models of numbers without gaps can be exported; this one has categories, counts "
+            "or missing cells. Save it with laminar.save, and score with laminar."
+        )
     meta: dict[str, Any] = {
         "columns": [dataclasses.asdict(column) for column in schema.columns],
         "given": [dataclasses.asdict(column) for column in schema.given],

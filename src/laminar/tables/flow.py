@@ -1,4 +1,4 @@
-"""TableFlow: the density of a table's rows in the user's units, and how it is fitted."""
+"""How the density of a table's rows is fitted."""
 
 import dataclasses
 import math
@@ -15,178 +15,31 @@ from laminar._errors import InputError, TrainingError
 from laminar._typing import Array, PRNGKeyArray
 from laminar.density import AbstractDistribution
 from laminar.flow import Flow
-from laminar.objectives import Batch, nll
+from laminar.mixed import ColumnLaw, autoregressive_distribution
+from laminar.objectives import Batch, WithheldNLL, nll
 from laminar.preset import preset
-from laminar.tables.baselines import Mixture, Rows, gaussian
+from laminar.tables.baselines import Rows, gaussian, independent
+from laminar.tables.model import TableFlow, cast
 from laminar.tables.schema import Schema, dependent, learn_schema
-from laminar.tables.table import Table, array_table, listing, refuse_non_finite, unknown_column
+from laminar.tables.table import Table
 from laminar.train.density import fit_density, refit
 from laminar.train.fit import fit
 from laminar.train.history import History
 from laminar.zoo import BUILDERS
 
+__all__ = ["TableFlow", "fit_table"]
+
 MIN_ROWS = 20
 """Fewer rows than this are not fitted."""
 
 _MOST_HELD_OUT = 50_000
+_DECAY, _EPOCHS, _BATCH = (
+    6_000.0,
+    60,
+    256,
+)  # of mixed rows: decay times rows, passes, and their size
 _SMALL = 5_000  # rows; fewer get narrower networks
 _FOR_SAMPLING = ("planar", "radial", "sylvester")  # which score fast only when told
-
-Given = Table | Mapping[str, float] | np.ndarray | None
-
-
-class TableFlow(eqx.Module):
-    """A flow over standardised rows and the schema that ties it to a table's own units.
-
-    Args:
-        flow: A distribution of events (d,), d the number of columns that are not constant, with
-            conditions (c,) where columns are given.
-        schema: The columns.
-    """
-
-    flow: AbstractDistribution
-    schema: Schema = eqx.field(static=True)
-
-    def __check_init__(self):
-        shape = (len(self.schema.modelled),)
-        if self.flow.shape != shape:
-            raise InputError(
-                f"TableFlow: the schema has {shape[0]} columns that vary, and the flow has events "
-                f"of shape {self.flow.shape}."
-            )
-
-    def log_prob(self, rows: Table | np.ndarray, given: Given = None) -> np.ndarray:
-        """The log-density of each row, ln p(row | given), in nats and the user's units.
-
-        A column of ties counts with the density of its dequantised values (see
-        `laminar.tables.schema`). A row in which a constant column has another value scores −inf.
-
-        Args:
-            rows: A table with the columns of the schema, by name and in any order; it may hold the
-                given columns too, and others. Columns without names are told by position where
-                their numbers x1, …, xD are not the schema's names. Or an array, always by position:
-                (N, D) of the columns in the schema's order, or with the given ones in the table's.
-            given: The condition where `rows` does not hold it: a table or array of N rows, or
-                name → value for all rows.
-
-        Returns:
-            float64 of shape (N,).
-
-        Raises:
-            InputError: When a column is missing, or its name is misspelt.
-        """
-        values, condition = self._split(rows, given)
-        z = self.schema.standardise(values)
-        log_p = np.asarray(self.flow.log_prob(_cast(z, self.flow), _cast(condition, self.flow)))
-        log_p = log_p.astype(np.float64) + self.schema.log_det
-        return np.where(self.schema.on_support(values), log_p, -np.inf)
-
-    def sample(self, key: PRNGKeyArray, n: int, given: Given = None) -> Table:
-        """Draw rows in the user's units.
-
-        Values of columns of ties are rounded to those that the column can take, and constants have
-        their value.
-
-        Args:
-            key: Random key.
-            n: How many rows, for each row of `given` if there are any.
-            given: The condition: a table, an array (M, C), or name → value.
-
-        Returns:
-            A table of n rows, or of n · M rows: n for the first condition, then n for the second.
-            It has the columns of the fitted table in their order, the given ones among them.
-        """
-        if n < 1:
-            raise InputError(f"The number of rows to sample must be at least 1, not {n}.")
-        names = self.schema.names
-        if not self.schema.given:
-            if given is not None:
-                raise InputError("The model takes no condition; sample without given values.")
-            z = np.asarray(self.flow.sample(key, (n,)))
-            return Table(names, self.schema.restore(z), "the samples")
-        conditions = self._given(given, None)
-        standard = self.schema.condition(conditions)
-        rows = np.repeat(conditions, n, axis=0)
-        if standard is None:
-            z = np.asarray(self.flow.sample(key, (len(rows),)))
-        else:
-            z = np.asarray(self.flow.sample(key, (n,), _cast(standard, self.flow)))
-            z = np.moveaxis(z, 0, 1).reshape(len(rows), -1)
-        values = np.concatenate([self.schema.restore(z), rows], axis=1)
-        drawn = Table((*names, *self.schema.given_names), values, "the samples")
-        return drawn.select(self.schema.order)
-
-    def batch(self, rows: Table | np.ndarray, given: Given = None) -> tuple[Array, Array | None]:
-        """Standardised events (N, d) and conditions (N, c), as the inner flow takes them."""
-        values, condition = self._split(rows, given)
-        return _cast(self.schema.standardise(values), self.flow), _cast(condition, self.flow)
-
-    def _split(self, rows: Table | np.ndarray, given: Given) -> tuple[np.ndarray, Any]:
-        """Columns of the rows, (N, D), and the standardised condition."""
-        names, given_names = self.schema.names, self.schema.given_names
-        if isinstance(rows, Table):
-            known = rows.named or set(names) <= set(rows.names)
-            table = rows if known else self._named(rows, given is None)
-        else:
-            table = self._named(array_table(rows, source="the array of rows"), given is None)
-        missing = [name for name in names if name not in table.names]
-        if missing:
-            error = unknown_column(missing[0], table.names, table.source)
-            raise InputError(f"{str(error).rstrip('.')} (the model needs {_count(names)}).")
-        values = table.select(names).values
-        if not self.schema.given:
-            return values, None
-        if given is None:
-            absent = [name for name in given_names if name not in table.names]
-            if absent:
-                raise InputError(
-                    f"{table.source} has no column {absent[0]!r}, on which the model is "
-                    f"conditioned; add the column or give its value."
-                )
-            given = table.select(given_names)
-        return values, self.schema.condition(self._given(given, len(values)))
-
-    def _named(self, table: Table, whole: bool) -> Table:
-        """Give columns without names those of the schema, by position."""
-        names = self.schema.names
-        if whole and table.values.shape[1] != len(names):
-            names = self.schema.order
-        if table.values.shape[1] != len(names):
-            raise InputError(
-                f"{table.source} has {table.values.shape[1]} columns and the model was fitted to "
-                f"{_count(names)}."
-            )
-        return Table(names, table.values, table.source, rows=table.rows)
-
-    def _given(self, given: Given, rows: int | None) -> np.ndarray:
-        """The given columns in the schema's order, (rows, C)."""
-        names = self.schema.given_names
-        if given is None:
-            raise InputError(f"The model is conditioned on {_count(names)}; give a value for each.")
-        if isinstance(given, Mapping):
-            for name in given:
-                if name not in names:
-                    raise unknown_column(name, names, "The condition")
-            for name in names:
-                if name not in given:
-                    raise InputError(f"The condition has no value for {name!r}; give one.")
-            values = np.array([[float(given[name]) for name in names]])
-        else:
-            if isinstance(given, Table):
-                table, known = given, given.named or set(names) <= set(given.names)
-            else:
-                table, known = array_table(given, source="the condition"), False
-            if not known and table.values.shape[1] == len(names):
-                table = Table(names, table.values, table.source)
-            values = table.select(names).values
-        refuse_non_finite(Table(names, values, "The condition"))
-        if rows is not None and len(values) == 1:
-            values = np.repeat(values, rows, axis=0)
-        if rows is not None and len(values) != rows:
-            raise InputError(
-                f"There are {rows} rows and {len(values)} conditions; give one for each row."
-            )
-        return values
 
 
 class DequantisedNLL(eqx.Module):
@@ -214,6 +67,8 @@ def fit_table(
     *,
     given: Sequence[str] = (),
     weights: str | None = None,
+    kinds: Mapping[str, str] | None = None,
+    partial: bool = False,
     flow: str = "auto",
     seed: int = 0,
     validation: float = 0.1,
@@ -222,17 +77,22 @@ def fit_table(
 ) -> tuple[TableFlow, dict[str, Any]]:
     """Fit a flow to the rows of a table.
 
-    A part of the rows, drawn by the seed, is held out for the score and decides nothing. Of the
-    others location and scale are taken; a part of them is set aside again, to stop training or to
-    choose by. The default for small tables trains no network, and is fitted once more to all rows
-    after it has been scored.
+    Columns may hold numbers, whole numbers, dates, categories, true and false, and gaps; what each
+    is, is inferred or declared. A part of the rows, drawn by the seed, is held out for the score
+    and decides nothing. Of the others location and scale are taken; a part of them is set aside
+    again, to stop training or to choose by. The default for small tables of real columns trains no
+    network, and is fitted once more to all rows after it has been scored.
 
     Args:
-        table: Finite rows, at least `MIN_ROWS`.
+        table: At least `MIN_ROWS` rows; NaN where a cell is missing.
         given: Columns to condition on: the density is that of the others given these.
         weights: The column of the rows' weights, which is not modelled.
+        kinds: What some columns are, where it is not to be inferred: column name → kind, as
+            ``{"zip": "categorical", "share": "bounded:0:1"}``; see `laminar.tables.infer`.
+        partial: Whether any columns may later be missing, held fixed or filled in. It is so in any
+            case where the table has gaps; it costs a little of the density of whole rows.
         flow: ``"auto"`` chooses by the size of the table and on held-out rows; otherwise a name in
-            `laminar.zoo.BUILDERS`.
+            `laminar.zoo.BUILDERS`, for tables of real columns.
         seed: Of the split, the noise on ties, the parameters and the order of batches.
         validation: Fraction of rows held out, and of the others set aside for early stopping.
         notify: Called before training with each thing a user should know about the columns.
@@ -250,10 +110,17 @@ def fit_table(
     """
     begun = time.monotonic()
     train_flow = fit_auto if flow == "auto" else fit_named(flow)
-    data = _prepare(table, tuple(given), weights, seed, validation)
+    data = _prepare(table, tuple(given), weights, seed, validation, kinds, partial)
     for note in data.notes:
         notify(note)
     schema, auto = data.schema, flow == "auto"
+    if schema.mixed:
+        if not auto:
+            raise InputError(
+                f"{table.source} has columns that are no real numbers or have gaps, which the flow "
+                f"{flow!r} cannot hold; use auto, or choose other columns."
+            )
+        train_flow = fit_mixed(schema, partial)
     try:
         # Networks have fresh noise in every batch.
         rows = data.part(data.train, noisy=auto)
@@ -262,7 +129,6 @@ def fit_table(
         raise error.renumbered(data.table.rows[data.train].tolist()) from error
     model = TableFlow(trained.flow, schema)
     log_p = model.log_prob(data.table.take(data.held))
-    held = data.part(data.held, noisy=False)
     report = {
         "table": table.source,
         "rows": len(data.table),
@@ -274,8 +140,9 @@ def fit_table(
         "weights": weights,
         "flow": flow,
         "seed": seed,
-        "held_out": weighted_mean(log_p, held.weights),
-        "gaussian": score(gaussian(data.part(data.train, noisy=True)), held, schema),
+        "held_out": weighted_mean(log_p, data.part(data.held, noisy=False).weights),
+        "mixed": schema.mixed,
+        "baseline": _baseline(data),
         "training": trained.report,
         "notes": data.notes,
     }
@@ -292,7 +159,8 @@ class _Data(NamedTuple):
     Attributes:
         table: Without the column of weights, and without rows of weight zero.
         schema: Its columns.
-        z: Standardised rows, (N, d).
+        z: Events, (N, *shape).
+        terms: What the units bring to their log-densities, (N,).
         noisy: The same with their noise on ties.
         conditions: Standardised conditions, (N, c), or None.
         weights: Weights (N,) of mean one, or None.
@@ -304,6 +172,7 @@ class _Data(NamedTuple):
     table: Table
     schema: Schema
     z: np.ndarray
+    terms: np.ndarray
     noisy: np.ndarray
     conditions: np.ndarray | None
     weights: np.ndarray | None
@@ -318,7 +187,13 @@ class _Data(NamedTuple):
 
 
 def _prepare(
-    table: Table, given: tuple[str, ...], weights: str | None, seed: int, validation: float
+    table: Table,
+    given: tuple[str, ...],
+    weights: str | None,
+    seed: int,
+    validation: float,
+    kinds: Mapping[str, str] | None = None,
+    partial: bool = False,
 ) -> _Data:
     w = None
     if weights is not None:
@@ -331,17 +206,27 @@ def _prepare(
         )
     rng = np.random.default_rng(seed)
     train, held = split(len(table), validation, rng)
-    schema = learn_schema(table, given, train)
-    z = schema.standardise(table.select(schema.names).values)
+    schema = learn_schema(table, given, train, kinds, partial)
+    z, terms = schema.encode(table.select(schema.names).values)
     notes = schema.notes()
     notes += [
         f"Column {schema.modelled[i].name!r} is a linear function of other columns, so that the "
         f"density is unbounded; leave it out."
-        for i in dependent(z)
+        for i in ([] if schema.mixed else dependent(z))
     ]
-    noisy = z + schema.noise * rng.uniform(-0.5, 0.5, z.shape)
+    noisy = z if schema.mixed else z + schema.noise * rng.uniform(-0.5, 0.5, z.shape)
     conditions = schema.condition(table.select(given).values) if given else None
-    return _Data(table, schema, z, noisy, conditions, w, train, held, notes)
+    return _Data(table, schema, z, terms, noisy, conditions, w, train, held, notes)
+
+
+def _baseline(data: _Data) -> dict[str, Any]:
+    """The held-out score of what a fit has to beat, with its name."""
+    train, held = data.part(data.train, noisy=True), data.part(data.held, noisy=False)
+    if data.schema.mixed:
+        name, log_p = "independent columns", independent(train, held, data.schema.laws)
+    else:
+        name, log_p = "a Gaussian", gaussian(train).log_prob(held)
+    return {"name": name, **weighted_mean(log_p + data.terms[data.held], held.weights)}
 
 
 class Trained(NamedTuple):
@@ -353,9 +238,9 @@ class Trained(NamedTuple):
         refit: Fits the same density to other rows, where that is quick.
     """
 
-    flow: Flow
+    flow: AbstractDistribution
     report: dict[str, Any]
-    refit: Callable[[Rows], Flow] | None = None
+    refit: Callable[[Rows], AbstractDistribution] | None = None
 
 
 def fit_named(name: str) -> Callable[..., Trained]:
@@ -379,7 +264,7 @@ def fit_named(name: str) -> Callable[..., Trained]:
         objective = DequantisedNLL(jnp.asarray(noise, flow.dtype)) if noise.any() else nll
         kept, stop = split(len(rows.x), validation, np.random.default_rng([seed, 2]))
         data, stopping = (
-            Batch(*(_cast(part, flow) for part in rows.take(index))) for index in (kept, stop)
+            Batch(*(cast(part, flow) for part in rows.take(index))) for index in (kept, stop)
         )
         try:
             flow, history = fit(
@@ -448,15 +333,67 @@ def fit_auto(
     return Trained(flow, report, None if history.flows else again)
 
 
+def fit_mixed(schema: Schema, partial: bool = False) -> Callable[..., Trained]:
+    """The function that trains the law of mixed rows, `laminar.mixed.AutoregressiveDistribution`.
+
+    Columns of few states come first: what follows is then told apart by category. With gaps, or
+    with `partial`, cells are withheld at random in training, so that the law of any columns is
+    learned beside that of all.
+    """
+    laws = schema.laws
+    rank = np.array([(law.value is not None) * 10**6 + law.states for law in laws])
+    order = np.argsort(np.argsort(rank, kind="stable"), kind="stable")
+    withheld = partial or any(law.gap for law in laws)
+
+    def train(
+        seed: int, rows: Rows, *, noise: np.ndarray, validation: float, **options: Any
+    ) -> Trained:
+        flow_key, fit_key = jr.split(jr.key(seed))
+        count = len(rows.x)
+        kept, stop = split(count, validation, np.random.default_rng([seed, 2]))
+        flow = autoregressive_distribution(
+            laws,
+            key=flow_key,
+            width=64 if count < _SMALL else 128 if count < 20 * _SMALL else 256,
+            cond_dim=0 if rows.condition is None else rows.condition.shape[1],
+            order=jnp.asarray(order, jnp.int32),
+            shares=[_shares(law, rows.x[kept, 1, i]) for i, law in enumerate(laws)],
+        )
+        data, stopping = (
+            Batch(*(cast(part, flow) for part in rows.take(index))) for index in (kept, stop)
+        )
+        # As a prior on the weights would, the decay falls as rows are added.
+        decay = min(max(_DECAY / len(kept), 0.05), 10.0)
+        defaults = {"learning_rate": 3e-3, "weight_decay": decay, "ema": 0.995}
+        if options.get("steps") is None and options.get("time_limit") is None:
+            defaults["steps"] = min(max(_EPOCHS * len(kept) // _BATCH, 1_000), 20_000)
+        options = {name: value for name, value in options.items() if value is not None}
+        try:
+            flow, history = fit(
+                fit_key,
+                flow,
+                data,
+                validation=stopping,
+                objective=WithheldNLL() if withheld else nll,
+                **defaults | options,
+            )
+        except TrainingError as error:
+            raise error.renumbered(kept.tolist()) from error
+        return Trained(flow, summary(history))
+
+    return train
+
+
+def _shares(law: ColumnLaw, states: np.ndarray) -> np.ndarray:
+    """The shares of a column's states among rows, each as if it had been there half a time more."""
+    counts = np.bincount(states[states >= 0].astype(int), minlength=law.states) + 0.5
+    return counts / counts.sum()
+
+
 def summary(history: History) -> dict[str, Any]:
     """The course of training without the loss of every step."""
     whole = history.to_dict()
     return {name: value for name, value in whole.items() if name not in ("loss", "rate")}
-
-
-def score(density: Mixture, rows: Rows, schema: Schema) -> dict[str, Any]:
-    """The mean log-density of a baseline in the user's units."""
-    return weighted_mean(density.log_prob(rows) + schema.log_det, rows.weights)
 
 
 def split(rows: int, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -492,6 +429,12 @@ def weighted_mean(log_p: np.ndarray, weights: np.ndarray | None = None) -> dict[
 def _weights(table: Table, name: str, given: tuple[str, ...]) -> tuple[np.ndarray, Table]:
     """The column of weights, checked and scaled to mean one, and the table without it."""
     weights = table.column(name)
+    if np.isnan(weights).any():
+        row = table.rows[int(np.isnan(weights).argmax())]
+        raise InputError(
+            f"{table.source}: column {name!r} of weights is missing in row {row}; fill it in or "
+            "remove such rows."
+        )
     if name in given:
         raise InputError(f"Column {name!r} is named both as given and as weights; choose one.")
     if (weights < 0).any():
@@ -508,15 +451,3 @@ def _weights(table: Table, name: str, given: tuple[str, ...]) -> tuple[np.ndarra
     keep = np.flatnonzero(weights > 0)
     weights = weights[keep]
     return weights / weights.mean(), table.select(rest).take(keep)
-
-
-def _cast(values: np.ndarray | None, flow: AbstractDistribution) -> Any:
-    """Host float64 as an array of the flow's dtype; what overflows becomes an infinity."""
-    if values is None:
-        return None
-    with np.errstate(over="ignore"):
-        return jnp.asarray(np.asarray(values).astype(flow.dtype))
-
-
-def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} column{'s' * (len(names) != 1)}: {listing(names)}"

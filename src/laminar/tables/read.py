@@ -1,4 +1,4 @@
-"""Read a numeric table from a file or a built-in set, and write one; errors name the cell.
+"""Read a table from a file or a built-in set, and write one; errors name the cell.
 
 Everything is float64 on the host: nothing here touches JAX.
 """
@@ -14,7 +14,9 @@ import numpy as np
 
 from laminar._errors import InputError
 from laminar._files import atomic_write
-from laminar.tables.arrow import arrow, read_arrow, read_csv, read_parquet
+from laminar.tables.arrow import arrow, read_arrow, read_parquet, to_arrow
+from laminar.tables.cells import NANOSECONDS, Cells, time_zone
+from laminar.tables.delimited import read_csv
 from laminar.tables.table import (
     Table,
     array_table,
@@ -23,6 +25,7 @@ from laminar.tables.table import (
     listing,
     refuse_duplicates,
     refuse_non_finite,
+    refuse_non_numeric,
 )
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".parquet", ".arrow", ".feather", ".npy", ".npz")
@@ -30,24 +33,39 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".parquet", ".arrow", ".feather", ".npy",
 
 
 def read_table(
-    spec: str | os.PathLike[str], columns: Sequence[str] | None = None, also: Sequence[str] = ()
+    spec: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    also: Sequence[str] = (),
+    *,
+    numeric: bool = False,
 ) -> Table:
-    """Read columns of a table; every cell must be a finite number.
+    """Read columns of a table: numbers, integers, booleans, texts, dates, and cells that miss.
+
+    In CSV a column is what all its cells are spelt as: integers, numbers, true and false, ISO dates
+    and date-times (with T or a space, fractions down to nanoseconds, Z or an offset), and otherwise
+    text. Missing are empty cells, also in quotes, and those that `laminar.tables.delimited.NULLS`
+    lists, such as NA and NaN; in quotes these are text in a column of text. A column of which at
+    least 90%, and 20, of the cells are numbers or dates is no text: a cell that is not one is an
+    error. Dates with different offsets are given in UTC.
 
     Args:
         spec: A path ending in one of `SUFFIXES`; ``file.npz:key`` for one array of an NPZ archive;
-            or ``builtin:NAME`` (see `laminar.tables.builtin`). CSV files have a header line and are
-            separated by commas, semicolons or tabs.
+            or ``builtin:NAME`` (see `laminar.tables.builtin`). CSV files have a header line, are
+            separated by commas, semicolons or tabs, and are in UTF-8, in UTF-16 with a byte order
+            mark, or else in Windows-1252, of which there is then a note.
         columns: The columns wanted, in this order; all of them when None.
         also: Columns wanted besides those; a built-in set may have some that it does not give
             unasked, such as the class of a flower.
+        numeric: Whether every cell must be a number: texts, dates and missing cells are errors.
 
     Returns:
-        The table, float64. Booleans become 0 and 1, decimals the nearest float64.
+        The table, float64 with `Table.cells` saying what the numbers stand for; NaN is a missing
+        cell. Decimals become the nearest float64.
 
     Raises:
-        InputError: When there is no such file, column or set, or a cell is missing, not a number,
-            infinite, or an integer that float64 cannot hold.
+        InputError: When there is no such file, column or set, or a cell is infinite, an integer
+            that float64 cannot hold, of a type that is no number, text or date (lists, durations),
+            or a typing error in a column of numbers or dates.
     """
     wanted = None if columns is None else list(dict.fromkeys([*columns, *also]))
     if columns is not None:
@@ -65,28 +83,38 @@ def read_table(
         shown = path if len(path) <= 300 else f"{path[:150]}…"
         raise InputError(f"{shown} cannot be read: {first_line(error)}.") from None
     if len(table) == 0:
-        raise InputError(f"{path} has column names but no rows; add at least one row of numbers.")
-    refuse_non_finite(table)
+        raise InputError(f"{path} has column names but no rows; add at least one row of cells.")
+    if numeric:
+        refuse_non_numeric(table)
+    refuse_non_finite(table, missing=numeric)
     return table
 
 
-def write_table(path: str | os.PathLike[str], columns: Mapping[str, np.ndarray]) -> None:
+def write_table(path: str | os.PathLike[str], columns: Mapping[str, Any] | Table) -> None:
     """Write columns of equal length to a file whose format its suffix says, all or nothing.
 
-    Floats are written so that reading gives the same float64 back. NPY holds one array (N, D)
-    without names; NPZ one array (N,) per column.
+    Floats are written so that reading gives the same float64 back, and dates so that it gives the
+    same dates in the same unit. The zone of a `Table`'s dates is kept, except that CSV has the
+    offsets of a named zone instead; the order of its levels is kept in Parquet, Arrow and Feather.
+    NPY holds one array (N, D) without names; NPZ one array (N,) per column; neither holds texts or
+    dates. An empty text in CSV is read as a missing cell.
 
     Args:
         path: Where to write; the suffix is one of `SUFFIXES`. An existing file is replaced.
-        columns: Column name → array (N,).
+        columns: A table, whose missing cells are left empty; or column name → array (N,) of floats,
+            integers, booleans or datetime64, or of objects, None among them where cells miss.
 
     Raises:
-        InputError: When the suffix is unknown or the file cannot be written.
+        InputError: When the suffix is unknown, the format cannot hold a column, or the file cannot
+            be written.
     """
     suffix = table_suffix(os.fspath(path))
-    arrays = {name: np.asarray(values) for name, values in columns.items()}
     stream = io.BytesIO()
-    _WRITERS[suffix](stream, arrays)
+    if suffix in (".npy", ".npz"):
+        arrays = columns.decoded() if isinstance(columns, Table) else columns
+        _WRITERS[suffix](stream, {k: _numeric(np.asarray(v), k, path) for k, v in arrays.items()})
+    else:
+        _WRITERS[suffix](stream, to_arrow(columns))
     atomic_write(path, stream.getvalue())
 
 
@@ -132,9 +160,7 @@ def _read_npz(path: str, wanted: list[str] | None, also: Sequence[str], key: str
         return _from_numpy(arrays[flat[0]], wanted, also, path)
     lengths = {array.shape for array in arrays.values()}
     if not flat and len(lengths) == 1 and len(next(iter(lengths))) == 1:
-        names = choose(list(arrays), wanted, also, path)
-        parts = [array_table(arrays[name], [name], path).values for name in names]
-        return Table(tuple(names), np.concatenate(parts, axis=1), path)
+        return _columns(arrays, choose(list(arrays), wanted, also, path), path)
     shapes = listing([f"{name} {array.shape}" for name, array in arrays.items()])
     raise InputError(
         f"{path} holds {shapes or 'no arrays'}, so it is not clear which is the table; name one "
@@ -144,12 +170,16 @@ def _read_npz(path: str, wanted: list[str] | None, also: Sequence[str], key: str
 
 def _from_numpy(array: np.ndarray, wanted: list[str] | None, also: Sequence[str], path: str):
     if array.dtype.names:
-        names = choose(list(array.dtype.names), wanted, also, path)
-        parts = [array_table(array[name], [name], path).values for name in names]
-        return Table(tuple(names), np.concatenate(parts, axis=1), path)
+        return _columns(array, choose(list(array.dtype.names), wanted, also, path), path)
     table = array_table(array, None, path)
     names = choose(list(table.names), wanted, also, path)
     return table if tuple(names) == table.names else table.select(names)
+
+
+def _columns(arrays: Any, names: Sequence[str], path: str) -> Table:
+    parts = [array_table(arrays[name], [name], path) for name in names]
+    values = np.concatenate([part.values for part in parts], axis=1)
+    return Table(tuple(names), values, path, cells=tuple(part.cells[0] for part in parts))
 
 
 def _load_numpy(file: IO[bytes], path: str) -> Any:
@@ -182,31 +212,31 @@ def _npz_entry(archive: Any, name: str, path: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------ writing
 
 
-def _write_csv(stream: IO[bytes], columns: dict[str, np.ndarray], delimiter: str = ",") -> None:
-    pa, csv = arrow("csv")
+def _write_csv(stream: IO[bytes], data: Any, delimiter: str = ",") -> None:
+    _, csv = arrow("csv")
     options = csv.WriteOptions(delimiter=delimiter, quoting_style="needed")
-    csv.write_csv(pa.table(columns), stream, options)
+    csv.write_csv(_spelt(data), stream, options)
 
 
-def _write_tsv(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
-    _write_csv(stream, columns, "\t")
+def _write_tsv(stream: IO[bytes], data: Any) -> None:
+    _write_csv(stream, data, "\t")
 
 
-def _write_gzip(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
+def _write_gzip(stream: IO[bytes], data: Any) -> None:
     import gzip
 
     with gzip.open(stream, "wb") as packed:
-        _write_csv(packed, columns)  # type: ignore[arg-type]
+        _write_csv(packed, data)  # type: ignore[arg-type]
 
 
-def _write_parquet(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
-    pa, pq = arrow("parquet")
-    pq.write_table(pa.table(columns), stream)
+def _write_parquet(stream: IO[bytes], data: Any) -> None:
+    _, pq = arrow("parquet")
+    pq.write_table(data, stream)
 
 
-def _write_arrow(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
-    pa, feather = arrow("feather")
-    feather.write_feather(pa.table(columns), stream)
+def _write_arrow(stream: IO[bytes], data: Any) -> None:
+    _, feather = arrow("feather")
+    feather.write_feather(data, stream)
 
 
 def _write_npy(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
@@ -224,6 +254,40 @@ def _write_npz(stream: IO[bytes], columns: dict[str, np.ndarray]) -> None:
                 np.lib.format.write_array(entry, values, allow_pickle=False)
 
 
+def _numeric(array: np.ndarray, name: str, path: Any) -> np.ndarray:
+    """A column for NumPy's own files: booleans with missing cells become 0, 1 and NaN."""
+    if array.dtype.kind in "fiub":
+        return array
+    if array.dtype.kind == "O" and all(cell is None or isinstance(cell, bool) for cell in array):
+        return Cells("boolean").encode(array)
+    what = "dates" if array.dtype.kind == "M" else "texts"
+    raise InputError(
+        f"{path} cannot hold column {name!r}, which has {what}; write to one of "
+        f"{', '.join(suffix for suffix in SUFFIXES if suffix not in ('.npy', '.npz'))}."
+    )
+
+
+def _spelt(data: Any) -> Any:
+    """The columns of a pyarrow table as CSV shows them: levels as texts, dates with offsets."""
+    pa, pc = arrow("compute")
+    for position, field in enumerate(data.schema):
+        column, kind = data.column(position), field.type
+        if pa.types.is_dictionary(kind):
+            column = column.cast(kind.value_type)
+        elif pa.types.is_timestamp(kind) and kind.tz not in (None, "UTC"):
+            time_zone(kind.tz)
+            clock = pc.cast(pc.local_timestamp(column), pa.int64())
+            ahead = pc.subtract(clock, pc.cast(column, pa.int64())).to_numpy()
+            minute = 60 * NANOSECONDS["s"] // NANOSECONDS[kind.unit]
+            # Before there were zones, clocks differed by seconds, which no offset can say.
+            if not (ahead[~np.isnan(ahead)] % minute).any():
+                column = pc.strftime(column, format="%Y-%m-%dT%H:%M:%S%z")
+            else:
+                column = column.cast(pa.timestamp(kind.unit, "UTC"))
+        data = data.set_column(position, field.name, column)
+    return data
+
+
 # ------------------------------------------------------------------------------------ helpers
 
 _READERS: dict[str, Callable[[str, list[str] | None, Sequence[str], Any], Table]] = {
@@ -236,7 +300,7 @@ _READERS: dict[str, Callable[[str, list[str] | None, Sequence[str], Any], Table]
     ".npy": _read_npy,
     ".npz": _read_npz,
 }
-_WRITERS: dict[str, Callable[[IO[bytes], dict[str, np.ndarray]], None]] = {
+_WRITERS: dict[str, Callable[[IO[bytes], Any], None]] = {
     ".csv": _write_csv,
     ".tsv": _write_tsv,
     ".csv.gz": _write_gzip,
@@ -263,7 +327,7 @@ def _existing_file(path: str) -> str:
         raise InputError(f"{path} does not exist; {hint}")
     suffix = table_suffix(path)
     if file.is_file() and file.stat().st_size == 0:
-        raise InputError(f"{path} is empty; it needs column names and rows of numbers.")
+        raise InputError(f"{path} is empty; it needs column names and rows of cells.")
     return suffix
 
 

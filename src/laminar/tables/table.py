@@ -1,19 +1,17 @@
-"""A numeric table in memory, and the sentences that its errors are made of.
+"""A table in memory, and the sentences that its errors are made of.
 
 Rows are counted from 1 and a header line is not counted, as a reader of the file counts them.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from laminar._errors import InputError
-
-EXACT = 2.0**53
-"""From here on float64 does not hold every integer."""
+from laminar.tables.cells import EXACT, CellError, Cells, datetime_counts, localised, short
 
 
 class UnknownColumnError(InputError):
@@ -22,15 +20,17 @@ class UnknownColumnError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Named numeric columns.
+    """Named columns of numbers, and what the numbers stand for.
 
     Attributes:
         names: Column names, all different.
-        values: The cells, float64 of shape (N, D).
+        values: The cells as numbers, float64 of shape (N, D); NaN where a cell is missing.
         source: What to call the table in messages.
         named: Whether the names come from the source; arrays get x1, …, xD, and are matched with
             other tables by position.
         rows: The number of each row in the source, counted from 1; int64 of shape (N,).
+        cells: How the numbers of each column stand for the user's cells; numbers when None.
+        notes: What a user should know about how the table was read.
     """
 
     names: tuple[str, ...]
@@ -38,6 +38,8 @@ class Table:
     source: str = "the table"
     named: bool = True
     rows: np.ndarray = field(default=None)  # type: ignore[assignment]
+    cells: tuple[Cells, ...] = field(default=None)  # type: ignore[assignment]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         values = np.asarray(self.values, dtype=np.float64)
@@ -49,9 +51,16 @@ class Table:
             )
         refuse_duplicates(names, self.source)
         rows = self.rows
+        cells = (Cells(),) * len(names) if self.cells is None else tuple(self.cells)
+        if len(cells) != len(names):
+            raise InputError(
+                f"{self.source} has {len(names)} columns and {len(cells)} descriptions of cells; "
+                f"give one for each column."
+            )
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "rows", np.arange(1, len(values) + 1) if rows is None else rows)
+        object.__setattr__(self, "cells", cells)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -70,11 +79,26 @@ class Table:
     def select(self, names: Sequence[str]) -> "Table":
         """The table of the named columns, in the order given."""
         refuse_duplicates(names, "The list of columns")
-        return replace(self, names=tuple(names), values=self.values[:, self.positions(names)])
+        positions = self.positions(names)
+        return replace(
+            self,
+            names=tuple(names),
+            values=self.values[:, positions],
+            cells=tuple(self.cells[position] for position in positions),
+        )
 
     def take(self, index: np.ndarray) -> "Table":
         """The table of some rows, which keep their numbers."""
         return replace(self, values=self.values[index], rows=self.rows[index])
+
+    def decoded(self) -> dict[str, np.ndarray]:
+        """The user's cells of every column, name → array (N,), as `Cells.decode` gives them."""
+        columns = zip(self.names, self.cells, self.values.T, strict=True)
+        return {name: cells.decode(values) for name, cells, values in columns}
+
+    def align(self, cells: Mapping[str, Cells]) -> "Table":
+        """The table with some columns' cells encoded as those of another table; see `recode`."""
+        return recode(self, cells)
 
 
 def array_table(
@@ -91,7 +115,79 @@ def array_table(
     labels = tuple(names) if names is not None else _array_names(array.shape[1])
     if array.dtype.kind in "iu":
         refuse_inexact(array, labels, source)
-    return Table(labels, array.astype(np.float64), source, named=names is not None)
+    kinds = {"b": Cells("boolean"), "i": Cells("integer"), "u": Cells("integer"), "f": Cells()}
+    return Table(
+        labels,
+        array.astype(np.float64),
+        source,
+        named=names is not None,
+        cells=(kinds[array.dtype.kind],) * len(labels),
+    )
+
+
+def recode(table: Table, cells: Mapping[str, Cells]) -> Table:
+    """The same table with some columns' cells encoded as those of another table.
+
+    Texts are matched by level, those of no level getting the code ``-1``. Where texts are wanted,
+    numbers, booleans and dates are matched with the level that spells them; where numbers, booleans
+    or dates are wanted, texts are read as such. Dates without a zone are wall-clock times in the
+    zone that is wanted.
+
+    Args:
+        table: The table.
+        cells: Column name → the cells wanted.
+
+    Returns:
+        The table with all its columns; those named are encoded anew, the others as they were.
+
+    Raises:
+        InputError: When the table has no such column, or a cell of it cannot be so understood; the
+            message names column, row and cell.
+    """
+    values, kinds = table.values.copy(), list(table.cells)
+    for position, name in zip(table.positions(tuple(cells)), cells, strict=True):
+        wanted, column = cells[name], values[:, position]
+        try:
+            values[:, position] = _recoded(column, kinds[position], wanted)
+        except CellError as error:
+            raise InputError(
+                f"{table.source}: column {name!r}, row {table.rows[error.position]} "
+                f"{error.reason}; correct it, or leave out the row."
+            ) from None
+        kinds[position] = wanted
+    return replace(table, values=values, cells=tuple(kinds))
+
+
+def _recoded(column: np.ndarray, have: Cells, wanted: Cells) -> np.ndarray:
+    numeric = ("number", "integer", "boolean")
+    if have == wanted or (have.kind in numeric and wanted.kind in numeric[:2]):
+        return column
+    there = np.flatnonzero(~np.isnan(column))
+    distinct, first, inverse = np.unique(column[there], return_index=True, return_inverse=True)
+    # In the order of the rows, so that an error names the first.
+    order = np.argsort(first)
+    cells: Any = have.decode(distinct[order])
+    if have.kind == wanted.kind == "datetime" and have.zone != wanted.zone:
+        cells = _shown_in(cells, have.zone, wanted.zone)
+    try:
+        codes = wanted.encode(cells)
+    except CellError as error:
+        row = int(there[first[order[error.position]]])
+        raise CellError(row, error.reason) from None
+    recoded = np.full(len(column), np.nan)
+    recoded[there] = codes[np.argsort(order)[inverse]]
+    return recoded
+
+
+def _shown_in(moments: np.ndarray, have: str, wanted: str) -> np.ndarray:
+    """Dates in one zone as datetime64 for a column in another, or in none."""
+    if have and wanted:
+        return moments
+    if have and len(moments):
+        raise CellError(
+            0, f"holds {moments[0]} of the time zone {have}, and dates without a zone are needed"
+        )
+    return localised(*datetime_counts(moments), wanted)
 
 
 def unknown_column(name: str, names: Sequence[str], source: str) -> UnknownColumnError:
@@ -108,25 +204,45 @@ def listing(names: Sequence[str], limit: int = 12) -> str:
     return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"
 
 
-def refuse_non_finite(table: Table) -> None:
-    """Raise an error that counts the cells that are missing or infinite and names the first."""
-    finite = np.isfinite(table.values)
+def refuse_non_finite(table: Table, missing: bool = True) -> None:
+    """Raise an error that counts the cells that cannot be used and names the first.
+
+    Args:
+        table: The table.
+        missing: Whether missing cells are refused too, and not the infinite ones alone.
+    """
+    finite = np.isfinite(table.values) if missing else ~np.isinf(table.values)
     if finite.all():
         return
     position = int(np.flatnonzero(~finite.all(axis=0))[0])
     column = table.values[:, position]
-    bad = ~np.isfinite(column)
-    missing, infinite = int(np.isnan(column).sum()), int(np.isinf(column).sum())
-    kinds = [f"{missing:,} missing or NaN"] * (missing > 0) + [f"{infinite:,} infinite"] * (
+    bad = ~finite[:, position]
+    infinite = int(np.isinf(column).sum())
+    absent = int(bad.sum()) - infinite
+    kinds = [f"{absent:,} missing or NaN"] * (absent > 0) + [f"{infinite:,} infinite"] * (
         infinite > 0
     )
     others = int((~finite).any(axis=0).sum()) - 1
     more = f" (and {others} other column{'s' * (others > 1)} likewise)" if others else ""
     raise InputError(
         f"{table.source}: column {table.names[position]!r} has {' and '.join(kinds)} "
-        f"value{'s' * (missing + infinite > 1)}, first in row {table.rows[bad.argmax()]}{more}; "
+        f"value{'s' * (absent + infinite > 1)}, first in row {table.rows[bad.argmax()]}{more}; "
         f"fill in or remove such rows."
     )
+
+
+def refuse_non_numeric(table: Table) -> None:
+    """Raise an error that names the first column of texts or dates, and its first cell."""
+    for name, cells in zip(table.names, table.cells, strict=True):
+        if cells.kind not in ("text", "datetime"):
+            continue
+        column = table.column(name)
+        row = int(np.argmin(np.isnan(column)))
+        cell = str(cells.decode(column[row : row + 1])[0])
+        raise InputError(
+            f"{table.source}: column {name!r}, row {table.rows[row]} holds {short(cell)}, which is "
+            f"not a number; correct it, or choose other columns with --columns."
+        )
 
 
 def choose(
@@ -167,11 +283,6 @@ def inexact(source: str, name: str, row: int, value: str) -> InputError:
 
 def _array_names(count: int) -> tuple[str, ...]:
     return tuple(f"x{i}" for i in range(1, count + 1))
-
-
-def short(text: str, limit: int = 40) -> str:
-    """A cell in quotes, cut when it is long."""
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
 def first_line(error: Exception) -> str:

@@ -442,24 +442,43 @@ def _kernel_mixture(kernels) -> tuple[float, AbstractDistribution]:
     whitened = np.linalg.solve(factor, first.means.T).T
     rows = len(whitened)
     mixture = IsotropicMixture(
-        np.tile(whitened, (len(kernels), 1)).astype(_dtype()),
-        np.repeat([width for _, width, _ in kernels], rows),
-        np.concatenate([w / share * part.weights for w, _, part in kernels]),
+        _padded(np.tile(whitened, (len(kernels), 1)).astype(_dtype())),
+        _padded(np.repeat([width for _, width, _ in kernels], rows)),
+        _padded(np.concatenate([w / share * part.weights for w, _, part in kernels]), weights=True),
     )
     return float(share), Flow(mixture, _triangular(factor, np.zeros(len(factor))))
 
 
 def _gaussian_mixture(components: mixtures.Components, given: int = 0) -> AbstractDistribution:
     """The mixture, or that of the later columns conditional on the first ones."""
-    covariances = components.factors @ components.factors.transpose(0, 2, 1)
-    means = components.means.astype(_dtype())
+    covariances = _padded(components.factors @ components.factors.transpose(0, 2, 1))
+    means = _padded(components.means.astype(_dtype()))
+    weights = _padded(components.weights, weights=True)
     if given == 0:
-        return GaussianMixture(components.weights, means, covariances)
-    return ConditionalMixture(components.weights, means, covariances, cond_dim=given)
+        return GaussianMixture(weights, means, covariances)
+    return ConditionalMixture(weights, means, covariances, cond_dim=given)
+
+
+def _padded(array: np.ndarray, *, weights: bool = False) -> np.ndarray:
+    """Components up to the next of few numbers, with copies of the first that have no weight.
+
+    Fits of like tables then have like shapes, and share their compiled programs.
+    """
+    length = next(n for k in range(2, 64) for n in (2**k, 3 * 2 ** (k - 1)) if n >= len(array))
+    extra = np.repeat(array[:1], length - len(array), axis=0)
+    return np.concatenate([array, 0 * extra if weights else extra])
 
 
 def _quantile_map(knots: mixtures.Knots) -> Frozen[AbstractTransform]:
-    return Frozen(QuantileMap(*(jnp.asarray(np.array(v), _dtype()) for v in knots)))
+    """The map through the knots, and through more in its linear tail, up to a multiple of eight."""
+    z, x, slope = (np.array(v) for v in knots)
+    beyond = np.arange(1, -len(z) % 8 + 1)[:, None]
+    arrays = (
+        np.concatenate([z, z[-1:] + beyond]),
+        np.concatenate([x, x[-1:] + slope[-1:] * beyond]),
+        np.concatenate([slope, np.repeat(slope[-1:], len(beyond), axis=0)]),
+    )
+    return Frozen(QuantileMap(*(jnp.asarray(v, _dtype()) for v in arrays)))
 
 
 def _triangular(factor: np.ndarray, shift: np.ndarray) -> Triangular:

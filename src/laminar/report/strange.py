@@ -1,0 +1,138 @@
+"""The strangest rows of a table, and the cells that make them so."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from laminar.report.views import cell_text
+from laminar.tables.anomaly import Detector
+from laminar.tables.explain import NODES, conditionals
+from laminar.tables.model import TableFlow
+from laminar.tables.table import Table
+
+_CAUSES = 3
+_EVALUATIONS = 200_000  # rows scored to explain others, at most
+_MOST_KNOWN = 2_000
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A cell of a row.
+
+    Attributes:
+        column: Its column.
+        text: What stands in it.
+        surprise: By how many nats it is less probable, given the rest of the row, than the median
+            cell of its column.
+    """
+
+    column: str
+    text: str
+    surprise: float
+
+
+@dataclass(frozen=True)
+class Strange:
+    """A row that the model finds strange.
+
+    Attributes:
+        row: Its number in the table, counted from 1.
+        log_density: Its log-density, in nats.
+        p_value: How often a row as strange turns up among rows that were held out, or None.
+        causes: The cells that make it strange, the worst first.
+    """
+
+    row: int
+    log_density: float
+    p_value: float | None
+    causes: list[Cause]
+
+
+@dataclass(frozen=True)
+class Anomalies:
+    """The strangest rows of a table.
+
+    Attributes:
+        rows: The strangest first.
+        p_values: Of all rows of the table, (N,); None where the model carries no calibration.
+        listed: How many rows a list has of which at most 5% are expected to be normal, or None.
+        outside: How many rows lie outside the support of the model.
+        failed: How many rows the model could not score: NaN.
+    """
+
+    rows: list[Strange]
+    p_values: np.ndarray | None
+    listed: int | None
+    outside: int
+    failed: int
+
+
+def find_anomalies(model: TableFlow, table: Table, count: int) -> Anomalies:
+    """The `count` strangest rows of a table, in the model's own numbers.
+
+    With a calibration they are those of the lowest default score (`laminar.tables.anomaly`), with
+    conformal p-values; without one those of the lowest log-density.
+    """
+    if getattr(model, "calibration", None) is None:
+        log_p = model.log_prob(table)
+        order = _lowest(log_p, count)
+        causes = _causes(model, table.take(order), table)
+        p = np.full(len(order), np.nan)
+        p_values = listed = None
+    else:
+        detector = Detector.of(model)
+        found = detector.detect(table)
+        log_p, p_values, listed = found.scores.log_density, found.scores.p_value, found.listed.sum()
+        order = _lowest(found.scores.score, count)
+        chosen = table.take(order)
+        causes = [
+            [Cause(r.column, _text(chosen, i, r.column), r.excess) for r in reasons]
+            for i, reasons in enumerate(detector.explain(chosen, _CAUSES))
+        ]
+        p = p_values[order]
+    rows = [
+        Strange(int(table.rows[at]), float(log_p[at]), None if np.isnan(q) else float(q), own)
+        for at, q, own in zip(order, p, causes, strict=True)
+    ]
+    return Anomalies(
+        rows,
+        p_values,
+        None if listed is None else int(listed),
+        int(np.isneginf(log_p).sum()),
+        int(np.isnan(log_p).sum()),
+    )
+
+
+def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the lowest scores, the lowest first; what is NaN is left out."""
+    there = np.flatnonzero(~np.isnan(scores))
+    return there[np.argsort(scores[there], kind="stable")[:count]]
+
+
+def _causes(model: TableFlow, rows: Table, table: Table) -> list[list[Cause]]:
+    """The cells that make rows strange beside others of their table."""
+    rng = np.random.default_rng(0)
+    most = int(np.clip(_EVALUATIONS // (NODES * len(model.schema.columns)), 20, 200))
+    known = table.take(np.sort(rng.permutation(len(table))[:_MOST_KNOWN]))
+    usual = conditionals(model, known.take(np.arange(min(most, len(known)))), known)
+    found = conditionals(model, rows, known)
+    with np.errstate(invalid="ignore"):
+        surprise = _median(usual.log_p) - found.log_p
+    causes = []
+    for i, own in enumerate(surprise):
+        order = np.argsort(-np.nan_to_num(own, nan=-np.inf, posinf=1e300))[:_CAUSES]
+        names = [(found.names[d], float(own[d])) for d in order if own[d] > 0]
+        causes.append([Cause(name, _text(rows, i, name), value) for name, value in names])
+    return causes
+
+
+def _median(log_p: np.ndarray) -> np.ndarray:
+    """Medians of columns, what is NaN left out; NaN for a column of nothing else."""
+    return np.array(
+        [np.median(own[~np.isnan(own)]) if (~np.isnan(own)).any() else np.nan for own in log_p.T]
+    )
+
+
+def _text(rows: Table, row: int, column: str) -> str:
+    place = rows.names.index(column)
+    return cell_text(rows.cells[place], float(rows.values[row, place]))

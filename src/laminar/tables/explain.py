@@ -1,0 +1,298 @@
+r"""How probable each cell of a row is, given the other cells of the row.
+
+    ln p(x_d | x_−d) = ln p(x) − ln [ Σ_atoms p(x_−d, a) + ∫ p(x_−d, t) dt ]
+
+Only log-densities of altered rows are asked for, so it holds for every kind of model. The sum runs
+over what a column can be without a density: its categories, the points of its grid, values that
+many rows share, the missing cell. The integral is quadrature, from nodes at the column's quantiles
+and far into both tails, refined where the mass is found to lie; between nodes the density is taken
+as log-linear. On smooth densities the error is below 0.02 nats; a conditional density that is
+narrower than a thousandth of the column's spread may be missed between nodes unless the cell itself
+lies in it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from laminar.tables.columns import Column
+from laminar.tables.flow import TableFlow
+from laminar.tables.table import Table
+
+_QUANTILES = 17
+_TAILS = (
+    0.25,
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    64.0,
+    512.0,
+)  # beyond the outermost values, in spreads
+_BESIDE = (1e-3, 1e-2, 0.1)  # beside the cell itself, likewise
+_ROUNDS, _EACH = 7, 6  # of refinement, and nodes that each adds
+_MOST_POINTS = 64  # of a grid that is enumerated
+_BLOCK = 4_000_000  # cells of altered rows that are held at a time
+
+NODES = _QUANTILES + 2 * len(_TAILS) + 2 * len(_BESIDE) + 1 + _ROUNDS * _EACH
+"""Rows that are scored for one cell of a column with a density, at most."""
+
+
+class Conditionals(NamedTuple):
+    """What the model says of each cell given the rest of its row.
+
+    Attributes:
+        names: The columns, constants among them.
+        log_p: ln p(x_d | x_−d), (N, D), in the user's units: a density where the column has one. It
+            is −inf for a cell that is impossible beside the others, and NaN where the model was
+            told nothing (a gap in a column without gaps) or where the other cells are impossible
+            by themselves.
+        below: P(X_d < x_d | x_−d), (N, D), and
+        at: P(X_d = x_d | x_−d), zero where the column has a density; categories are in the order of
+            their numbers, and a missing cell comes last.
+    """
+
+    names: tuple[str, ...]
+    log_p: np.ndarray
+    below: np.ndarray
+    at: np.ndarray
+
+    def transforms(self, rng: np.random.Generator) -> np.ndarray:
+        """Probability integral transforms (N, D), uniform if the model is right (jumps drawn)."""
+        u = self.below + rng.random(self.at.shape) * self.at
+        return np.clip(u, 0.0, 1.0)
+
+
+def conditionals(model: TableFlow, rows: Table, known: Table) -> Conditionals:
+    """The conditional law of each cell given the others, at the cells of some rows.
+
+    A cell costs about `NODES` evaluations of the density, so that N rows of D columns cost some
+    80 N D.
+
+    Args:
+        model: The model.
+        rows: The rows, with the model's given columns if it has any.
+        known: Rows that the columns' quantiles are taken from.
+
+    Returns:
+        The conditional log-densities and distribution functions.
+    """
+    schema = model.schema
+    order = (*schema.names, *schema.given_names)
+    cells = {column.name: column.cells for column in (*schema.columns, *schema.given)}
+    rows, known = (table.select(order).align(cells) for table in (rows, known))
+
+    def evaluate(values: np.ndarray) -> np.ndarray:
+        # A program is compiled for every number of rows; so there are few such numbers.
+        size = _bucket(len(values))
+        padded = np.concatenate([values, np.repeat(values[:1], size - len(values), axis=0)])
+        table = Table(order, padded, rows.source, cells=rows.cells)
+        return model.log_prob(table)[: len(values)]
+
+    count = len(schema.columns)
+    shape = (len(rows), count)
+    log_p, below, at = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape)
+    whole = evaluate(rows.values) if len(rows) else np.zeros(0)
+    step = max(_BLOCK // (NODES * len(order)), 1)
+    for d, column in enumerate(schema.columns):
+        if not column.modelled:
+            log_p[:, d] = np.where(column.supports(rows.values[:, d]), 0.0, -np.inf)
+            below[:, d], at[:, d] = 0.0, 1.0
+            continue
+        plan = _Plan(column, known.values[:, d])
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            found = _column(plan, d, rows.values[part], whole[part], evaluate)
+            log_p[part, d], below[part, d], at[part, d] = found
+    return Conditionals(schema.names, log_p, below, at)
+
+
+def _bucket(rows: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, … that is not below a number of rows."""
+    power = 1 << max(rows - 1, 0).bit_length()
+    return 3 * power // 4 if power >= 4 and 3 * power // 4 >= rows else power
+
+
+class _Plan:
+    """What a column can be besides the cell that is there: atoms, and nodes of a density."""
+
+    def __init__(self, column: Column, known: np.ndarray):
+        self.column = column
+        present = known[np.isfinite(known)]
+        if not len(present):
+            present = column.unstandardise(np.zeros(1))
+        atoms: list[float] = []
+        self.dense = True
+        if column.states_only:
+            atoms, self.dense = [*column.codes, *column.rare], False
+        elif column.on_grid:
+            points = self._grid(present)
+            if len(points) <= _MOST_POINTS:
+                atoms, self.dense = list(points), False
+        else:
+            atoms = list(column.spikes)
+        if column.missing:
+            atoms.append(np.nan)
+        self.atoms = np.unique(np.asarray(atoms, dtype=np.float64))
+        z = column.standardise(present)
+        z = z[np.isfinite(z)]
+        inner = np.quantile(z if len(z) else np.zeros(1), np.linspace(0, 1, _QUANTILES))
+        self.spread = max(float(np.std(z)) if len(z) else 1.0, 0.05)
+        tails = self.spread * np.asarray(_TAILS)
+        self.nodes = np.concatenate([inner[0] - tails[::-1], inner, inner[-1] + tails])
+
+    def _grid(self, present: np.ndarray) -> np.ndarray:
+        """The points of a grid between the outermost values and a little beyond."""
+        column = self.column
+        low = column.low if column.low is not None else float(present.min())
+        high = column.high if column.high is not None else float(present.max())
+        margin = 0.25 * (high - low) + 4 * column.step
+        low = low if column.low is not None else low - margin
+        high = high if column.high is not None else high + margin
+        first = np.ceil((low - column.origin) / column.step - 1e-6)
+        last = np.floor((high - column.origin) / column.step + 1e-6)
+        if last - first > _MOST_POINTS:
+            return np.zeros(_MOST_POINTS + 1)
+        return np.round(column.origin + column.step * np.arange(first, last + 1), 12)
+
+    def start(self, own: np.ndarray) -> np.ndarray:
+        """Nodes in standardised units for each row, (N, G), with its own cell among them."""
+        beside = self.spread * np.asarray(_BESIDE)
+        around = np.concatenate([-beside[::-1], [0.0], beside])
+        # A cell that is an atom, or outside the support, needs no nodes around it.
+        centre = np.where(np.isfinite(own), own, 0.0)[:, None]
+        nodes = np.broadcast_to(self.nodes, (len(own), len(self.nodes)))
+        return np.sort(self.placed(np.concatenate([nodes, centre + around], axis=1)), axis=1)
+
+    def placed(self, z: np.ndarray) -> np.ndarray:
+        """Nodes moved onto the grid, where there is one."""
+        column = self.column
+        if not column.on_grid:
+            return z
+        x = column.location + column.scale * z
+        steps = np.round((x - column.origin) / column.step)
+        x = np.clip(column.origin + steps * column.step, column.low, column.high)
+        return column.standardise(x)
+
+    def cells(self, z: np.ndarray) -> np.ndarray:
+        """Nodes in the user's units."""
+        x = self.column.unstandardise(z)
+        if not self.column.on_grid:
+            return x
+        # Back and forth has moved the points by a last digit.
+        steps = np.round((x - self.column.origin) / self.column.step)
+        return self.column.origin + steps * self.column.step
+
+
+def _column(
+    plan: _Plan,
+    d: int,
+    rows: np.ndarray,
+    whole: np.ndarray,
+    evaluate: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The log of p(x_d | x_−d), the probability below and that of the cell itself, each (N,)."""
+    own = rows[:, d]
+
+    def score(cells: np.ndarray) -> np.ndarray:
+        altered = np.repeat(rows, cells.shape[1], axis=0)
+        altered[:, d] = cells.reshape(-1)
+        return evaluate(altered).reshape(cells.shape)
+
+    atoms, log_atoms, is_atom = plan.atoms, np.zeros((len(rows), 0)), np.zeros(len(rows), bool)
+    if len(atoms):
+        log_atoms = score(np.broadcast_to(atoms, (len(rows), len(atoms))))
+        same = (own[:, None] == atoms) | (np.isnan(own)[:, None] & np.isnan(atoms))
+        is_atom = same.any(axis=1)
+    if not plan.dense and not is_atom.all():
+        # A category that was not there is one more atom of its row.
+        log_atoms = np.concatenate([log_atoms, np.where(is_atom, -np.inf, whole)[:, None]], axis=1)
+        atoms = np.append(atoms, np.inf)
+    top = np.max(log_atoms, axis=1, initial=-np.inf)
+    z = log_f = np.zeros((len(rows), 0))
+    if plan.dense:
+        z, log_f = _refined(plan, plan.column.standardise(own), score)
+        top = np.maximum(top, log_f.max(axis=1))
+    safe = np.where(np.isfinite(top), top, 0.0)
+    mass = np.exp(log_atoms - safe[:, None])
+    total = mass.sum(axis=1)
+    position = np.where(np.isnan(own), np.inf, own)[:, None]
+    before = (mass * (np.where(np.isnan(atoms), np.inf, atoms) < position)).sum(axis=1)
+    if plan.dense:
+        pieces = _pieces(plan, z, log_f - safe[:, None])
+        total = total + pieces.sum(axis=1)
+        inside = z[:, 1:] <= plan.column.standardise(own)[:, None]
+        before = before + np.where(np.isnan(own)[:, None] | inside, pieces, 0.0).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_p = whole - (np.log(total) + safe)
+        share = np.exp(whole - safe) / total
+        below = before / total
+        if plan.dense and plan.column.on_grid:
+            # The piece up to a point of a grid has half of the point's own probability.
+            below = below - np.where(is_atom, 0.0, 0.5 * share)
+    discrete = is_atom | ~np.full(len(rows), plan.dense) | plan.column.on_grid
+    told = ~np.isnan(own) | plan.column.missing
+    possible = told & (total > 0)
+    return (
+        np.where(possible, np.minimum(log_p, 0.0) if not plan.dense else log_p, np.nan),
+        np.where(possible, np.clip(below, 0, 1), np.nan),
+        np.where(possible, np.where(discrete, np.clip(share, 0, 1), 0.0), np.nan),
+    )
+
+
+def _refined(
+    plan: _Plan, own: np.ndarray, score: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted nodes z (N, G) and the log-density at them, per unit of z (per point of a grid)."""
+    z = plan.start(own)
+    log_f = _per_unit(plan, z, score)
+    for _ in range(_ROUNDS):
+        width = np.diff(z, axis=1)
+        higher = np.maximum(log_f[:, 1:], log_f[:, :-1])
+        least = 1.5 * plan.column.step / plan.column.scale if plan.column.on_grid else 0.0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bound = np.where(width > least, np.log(width) + higher, -np.inf)
+        bound = np.where(np.isnan(bound), -np.inf, bound)
+        chosen = np.argpartition(-bound, _EACH - 1, axis=1)[:, :_EACH]
+        left = np.take_along_axis(z, chosen, axis=1)
+        middle = plan.placed(left + 0.5 * np.take_along_axis(width, chosen, axis=1))
+        z = np.concatenate([z, middle], axis=1)
+        log_f = np.concatenate([log_f, _per_unit(plan, middle, score)], axis=1)
+        order = np.argsort(z, axis=1, kind="stable")
+        z, log_f = (np.take_along_axis(a, order, axis=1) for a in (z, log_f))
+    return z, log_f
+
+
+def _per_unit(plan: _Plan, z: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    column = plan.column
+    x = plan.cells(z)
+    log_p = score(x)
+    if column.on_grid:
+        return log_p
+    with np.errstate(invalid="ignore"):
+        log_f = log_p - column.log_slope(x)
+    # Where the map to the user's units runs out of digits there is nothing left to count.
+    return np.where(np.isnan(log_f), -np.inf, log_f)
+
+
+def _pieces(plan: _Plan, z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
+    """The mass between neighbouring nodes, (N, G − 1), of a density that is log-linear there."""
+    left, right = log_f[:, :-1], log_f[:, 1:]
+    width = np.diff(z, axis=1)
+    if plan.column.on_grid:
+        width = width * plan.column.scale / plan.column.step
+    high, low = np.maximum(left, right), np.minimum(left, right)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        fall = np.where(np.isfinite(high), high - low, 0.0)
+        # (1 − e^{−t}) / t, which is the mean of e^{−ts} over s in (0, 1)
+        mean = np.where(fall > 1e-8, -np.expm1(-fall) / np.where(fall > 0, fall, 1.0), 1.0)
+    mean = np.where(np.isinf(fall), 0.0, mean)
+    pieces = width * np.exp(high) * mean
+    if plan.column.on_grid:
+        # A sum over points, not an integral: both outermost points have their other halves.
+        pieces[:, 0] += 0.5 * np.exp(left[:, 0])
+        pieces[:, -1] += 0.5 * np.exp(right[:, -1])
+    return pieces

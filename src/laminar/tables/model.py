@@ -1,0 +1,360 @@
+"""TableFlow: the density of a table's rows in the user's units."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from laminar._errors import InputError
+from laminar._typing import Array, PRNGKeyArray
+from laminar.density import AbstractDistribution
+from laminar.mixed import WITHHELD, AutoregressiveDistribution
+from laminar.tables.cells import CellError, Cells
+from laminar.tables.schema import Schema
+from laminar.tables.table import (
+    Table,
+    array_table,
+    listing,
+    recode,
+    refuse_non_finite,
+    unknown_column,
+)
+
+Given = Table | Mapping[str, Any] | np.ndarray | None
+
+PARTICLES = 256
+"""Draws of the missing cells of a row from which those that are given out are chosen."""
+
+_MOST_PARTICLES = 200_000  # at once, so that memory stays bounded
+
+
+class TableFlow(eqx.Module):
+    """A flow over rows in standardised units and the schema that ties it to a table's own units.
+
+    The log-density of a row is that of a density in the columns that have one, and of a probability
+    in the others: categories, whole numbers, points of a grid, gaps (see `laminar.tables.schema`).
+
+    Args:
+        flow: A distribution of events of the schema's shape, with conditions (c,) where columns
+            are given.
+        schema: The columns.
+    """
+
+    flow: AbstractDistribution
+    schema: Schema = eqx.field(static=True)
+
+    def __check_init__(self):
+        shape = self.schema.shape
+        if self.flow.shape != shape:
+            raise InputError(
+                f"TableFlow: the schema has {shape[-1]} columns that vary, in events of shape "
+                f"{shape}, and the flow has events of shape {self.flow.shape}."
+            )
+
+    def log_prob(self, rows: Table | np.ndarray, given: Given = None) -> np.ndarray:
+        """The log-density of each row, ln p(row | given), in nats and the user's units.
+
+        A row in which a constant column has another value, or a value lies where its column has
+        none, scores −inf. A category that was not there when the model was fitted has the
+        probability that the next row brings a new one. A missing cell counts with the probability
+        that it is missing if the column had gaps; otherwise, in a mixed table, the row scores the
+        density of its other columns.
+
+        Args:
+            rows: A table with the columns of the schema, by name and in any order; it may hold the
+                given columns too, and others. Columns without names are told by position where
+                their numbers x1, …, xD are not the schema's names. Or an array, always by position:
+                (N, D) of the columns in the schema's order, or with the given ones in the table's.
+            given: The condition where `rows` does not hold it: a table or array of N rows, or
+                name → value for all rows.
+
+        Returns:
+            float64 of shape (N,).
+
+        Raises:
+            InputError: When a column is missing, its name is misspelt, or a cell cannot be read as
+                what its column is.
+        """
+        events, condition, terms = self._encoded(rows, given)
+        log_p = np.asarray(self.flow.log_prob(cast(events, self.flow), cast(condition, self.flow)))
+        # Rows outside the support were moved inside it, so what the flow says of them is finite.
+        return np.where(np.isneginf(terms), -np.inf, log_p.astype(np.float64) + terms)
+
+    def sample(
+        self,
+        key: PRNGKeyArray,
+        n: int,
+        given: Given = None,
+        *,
+        fixed: Mapping[str, Any] | None = None,
+    ) -> Table:
+        """Draw rows in the user's units.
+
+        Values of columns of ties are rounded to those that the column can take, and constants have
+        their value; categories, dates and gaps are as in the table.
+
+        Args:
+            key: Random key.
+            n: How many rows, for each row of `given` if there are any.
+            given: The condition: a table, an array (M, C), or name → value.
+            fixed: For some columns, name → the value that all rows shall have, as in "what if":
+                the others are drawn conditional on it. For models of mixed tables.
+
+        Returns:
+            A table of n rows, or of n · M rows: n for the first condition, then n for the second.
+            It has the columns of the fitted table in their order, the given ones among them.
+        """
+        if n < 1:
+            raise InputError(f"The number of rows to sample must be at least 1, not {n}.")
+        schema = self.schema
+        if not schema.given and given is not None:
+            raise InputError("The model takes no condition; sample without given values.")
+        conditions = self._given(given, None) if schema.given else None
+        count = 1 if conditions is None else len(conditions)
+        standard = None if conditions is None else schema.condition(conditions)
+        if fixed is not None:
+            rows = self._fixed(fixed, count)
+            drawn = self._completed(key, rows, standard, n, max(PARTICLES, 4 * n))[0]
+        elif standard is None:
+            drawn = np.asarray(self.flow.sample(key, (n * count,)))
+        else:
+            drawn = np.asarray(self.flow.sample(key, (n,), cast(standard, self.flow)))
+            drawn = np.moveaxis(drawn, 0, 1).reshape(n * count, *schema.shape)
+        values = schema.decode(drawn, seed=_seed(key))
+        table = self._table(schema.names, values, "the samples")
+        if conditions is None:
+            return table
+        rows = np.repeat(conditions, n, axis=0)
+        both = np.concatenate([values, rows], axis=1)
+        return self._table((*schema.names, *schema.given_names), both, "the samples").select(
+            schema.order
+        )
+
+    def impute(
+        self,
+        key: PRNGKeyArray,
+        rows: Table,
+        draws: int = 1,
+        *,
+        given: Given = None,
+        particles: int = PARTICLES,
+    ) -> tuple[Table, np.ndarray]:
+        r"""Fill in missing cells with draws from their law given the cells that are there.
+
+        The missing cells of a row are drawn `particles` times, column by column, weighted by the
+        probability of the cells that are there, and resampled by these weights
+        (`laminar.mixed.AutoregressiveDistribution.complete`). Cells are taken to be missing at
+        random: that a cell is missing says nothing of its value beyond what the others say.
+
+        Args:
+            key: Random key.
+            rows: A table with the columns of the schema; NaN where a cell is missing.
+            draws: How many draws of each row.
+            given: The condition, as in `log_prob`.
+            particles: Draws that the result is chosen from; more for rows in which cells are
+                missing that the others say much about.
+
+        Returns:
+            The table of draws · N rows, all draws of the first row first; and the effective sample
+            size of the particles of each row, (N,): where it is small the draws repeat.
+
+        Raises:
+            InputError: If the model is not one of mixed rows.
+        """
+        if draws < 1:
+            raise InputError(f"The number of draws must be at least 1, not {draws}.")
+        values, condition = self._split(rows, given)
+        events, _ = self.schema.encode(values)
+        filled, effective = self._completed(
+            key, self._opened(events, values), condition, draws, max(particles, draws)
+        )
+        whole = self.schema.decode(filled, seed=_seed(key))
+        kept = np.repeat(values, draws, axis=0)
+        whole = np.where(np.isnan(kept), whole, kept)
+        return self._table(self.schema.names, whole, f"{rows.source}, filled in"), effective
+
+    def batch(self, rows: Table | np.ndarray, given: Given = None) -> tuple[Array, Array | None]:
+        """Events (N, *shape) and conditions (N, c), as the inner flow takes them."""
+        events, condition, _ = self._encoded(rows, given)
+        return cast(events, self.flow), cast(condition, self.flow)
+
+    # ------------------------------------------------------------------------------ internals
+
+    def _encoded(self, rows, given) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Events, conditions, and the log-density's terms of the units."""
+        values, condition = self._split(rows, given)
+        if isinstance(rows, Table) and not self.schema.mixed and np.isnan(values).any():
+            refuse_non_finite(Table(self.schema.names, values, rows.source, rows=rows.rows))
+        events, terms = self.schema.encode(values)
+        return events, condition, terms
+
+    def _partial(self) -> AutoregressiveDistribution:
+        """The flow as one whose columns can be withheld, given that no cell is missing."""
+        if not isinstance(self.flow, AutoregressiveDistribution):
+            raise InputError(
+                "This model has one density for whole rows, and cannot fill in cells or hold "
+                "columns fixed; fit it with partial=True (--partial)."
+            )
+        return self.flow.without_gaps()
+
+    def _opened(self, events: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Events in which missing cells are withheld, and no longer gaps."""
+        self._partial()
+        kept = [column.modelled for column in self.schema.columns]
+        gone = np.isnan(values[:, kept])
+        return np.where(gone[:, None], np.array([0.0, WITHHELD])[:, None], events)
+
+    def _fixed(self, fixed: Mapping[str, Any], count: int) -> np.ndarray:
+        """The same event for every row: the fixed columns, and the others withheld."""
+        schema = self.schema
+        values = np.full((1, len(schema.names)), np.nan)
+        for name, cell in fixed.items():
+            if name not in schema.names:
+                raise unknown_column(name, schema.names, "The model")
+            values[0, schema.names.index(name)] = _number(name, cell, schema.cells[name])
+        events, terms = schema.encode(values)
+        if np.isneginf(terms).any():
+            bad = next(
+                column.name
+                for column, x in zip(schema.columns, values.T, strict=True)
+                if column.name in fixed and np.isneginf(column.encode(x)[2]).any()
+            )
+            raise InputError(
+                f"Column {bad!r} cannot have the value {fixed[bad]!r}; give one that it can take."
+            )
+        return np.repeat(self._opened(events, values), count, axis=0)
+
+    def _completed(
+        self,
+        key: PRNGKeyArray,
+        events: np.ndarray,
+        condition: np.ndarray | None,
+        draws: int,
+        particles: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draws of whole events, (N · draws, 2, d), and effective sample sizes (N,)."""
+        flow = self._partial()
+        filled, effective = [], []
+        size = max(_MOST_PARTICLES // particles, 1)
+        for begin in range(0, len(events), size):
+            draw_key, choose_key = jr.split(jr.fold_in(key, begin))
+            part = slice(begin, begin + size)
+            own = None if condition is None else cast(condition[part], flow)
+            x, log_w = flow.complete(draw_key, cast(events[part], flow), (particles,), own)
+            log_w = np.asarray(log_w, np.float64)
+            w = np.exp(log_w - log_w.max(axis=0))
+            w = w / w.sum(axis=0)
+            effective.append(1.0 / (w**2).sum(axis=0))
+            # Systematic resampling: one uniform number, and equal steps through the weights.
+            start = np.asarray(jr.uniform(choose_key, (w.shape[1],)), np.float64)
+            points = (start[None] + np.arange(draws)[:, None]) / draws
+            heaped = np.cumsum(w, axis=0)
+            chosen = (heaped[None] < points[:, None] * heaped[-1]).sum(axis=1)
+            picked = np.asarray(x)[np.minimum(chosen, particles - 1), np.arange(w.shape[1])[None]]
+            filled.append(np.moveaxis(picked, 0, 1).reshape(-1, *self.schema.shape))
+        return np.concatenate(filled), np.concatenate(effective)
+
+    def _table(self, names: Sequence[str], values: np.ndarray, source: str) -> Table:
+        """A table of rows that this model made, with the cells of the table it was fitted to."""
+        cells = self.schema.cells
+        return Table(tuple(names), values, source, cells=tuple(cells[name] for name in names))
+
+    def _split(self, rows: Table | np.ndarray, given: Given) -> tuple[np.ndarray, Any]:
+        """Columns of the rows, (N, D), and the standardised condition."""
+        names, given_names = self.schema.names, self.schema.given_names
+        if isinstance(rows, Table):
+            known = rows.named or set(names) <= set(rows.names)
+            table = rows if known else self._named(rows, given is None)
+        else:
+            table = self._named(array_table(rows, source="the array of rows"), given is None)
+        missing = [name for name in names if name not in table.names]
+        if missing:
+            error = unknown_column(missing[0], table.names, table.source)
+            raise InputError(f"{str(error).rstrip('.')} (the model needs {_count(names)}).")
+        own = {name: self.schema.cells[name] for name in names}
+        values = recode(table.select(names), own).values
+        if not self.schema.given:
+            return values, None
+        if given is None:
+            absent = [name for name in given_names if name not in table.names]
+            if absent:
+                raise InputError(
+                    f"{table.source} has no column {absent[0]!r}, on which the model is "
+                    f"conditioned; add the column or give its value."
+                )
+            given = table.select(given_names)
+        return values, self.schema.condition(self._given(given, len(values)))
+
+    def _named(self, table: Table, whole: bool) -> Table:
+        """Give columns without names those of the schema, by position."""
+        names = self.schema.names
+        if whole and table.values.shape[1] != len(names):
+            names = self.schema.order
+        if table.values.shape[1] != len(names):
+            raise InputError(
+                f"{table.source} has {table.values.shape[1]} columns and the model was fitted to "
+                f"{_count(names)}."
+            )
+        return replace(table, names=names)
+
+    def _given(self, given: Given, rows: int | None) -> np.ndarray:
+        """The given columns in the schema's order, (rows, C)."""
+        names = self.schema.given_names
+        if given is None:
+            raise InputError(f"The model is conditioned on {_count(names)}; give a value for each.")
+        if isinstance(given, Mapping):
+            for name in given:
+                if name not in names:
+                    raise unknown_column(name, names, "The condition")
+            for name in names:
+                if name not in given:
+                    raise InputError(f"The condition has no value for {name!r}; give one.")
+            cells = self.schema.cells
+            values = np.array([[_number(name, given[name], cells[name]) for name in names]])
+        else:
+            if isinstance(given, Table):
+                table, known = given, given.named or set(names) <= set(given.names)
+            else:
+                table, known = array_table(given, source="the condition"), False
+            if not known and table.values.shape[1] == len(names):
+                table = replace(table, names=names)
+            values = recode(table.select(names), {n: self.schema.cells[n] for n in names}).values
+        whole = [
+            n for n, column in zip(names, self.schema.given, strict=True) if not column.missing
+        ]
+        refuse_non_finite(Table(names, values, "The condition").select(whole))
+        if rows is not None and len(values) == 1:
+            values = np.repeat(values, rows, axis=0)
+        if rows is not None and len(values) != rows:
+            raise InputError(
+                f"There are {rows} rows and {len(values)} conditions; give one for each row."
+            )
+        return values
+
+
+def cast(values: np.ndarray | None, flow: AbstractDistribution) -> Any:
+    """Host float64 as an array of the flow's dtype; what overflows becomes an infinity."""
+    if values is None:
+        return None
+    with np.errstate(over="ignore"):
+        return jnp.asarray(np.asarray(values).astype(flow.dtype))
+
+
+def _number(name: str, cell: Any, cells: Cells) -> float:
+    """The number of one cell that the user gave by name."""
+    try:
+        return float(cells.encode([cell])[0])
+    except CellError as error:
+        raise InputError(f"The value of {name!r} {error.reason}; give another.") from None
+
+
+def _seed(key: PRNGKeyArray) -> int:
+    return int(jr.bits(key, (), jnp.uint32))
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} column{'s' * (len(names) != 1)}: {listing(names)}"

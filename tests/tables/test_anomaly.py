@@ -1,0 +1,244 @@
+"""Detectors: exact p-values and lists, reasons, all scores, and what is kept in the file."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from scipy.stats import chi2, norm
+from scipy.stats import t as student
+
+from laminar import io
+from laminar._errors import InputError
+from laminar.bijections.base import Identity
+from laminar.bijections.elementwise import Affine
+from laminar.distributions import Normal, StudentT
+from laminar.flow import Flow
+from laminar.mixtures import GaussianMixture, IsotropicMixture, Mixture
+from laminar.tables import anomaly as anomaly_module
+from laminar.tables.anomaly import Detector, fit_detector
+from laminar.tables.calibration import calibrate
+from laminar.tables.cells import Cells
+from laminar.tables.latent import latent_log_tail
+from laminar.tables.metric import learn_metric
+from laminar.tables.model import TableFlow
+from laminar.tables.schema import learn_schema
+from laminar.tables.table import Table, array_table
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def normal_model(table):
+    """The model whose standardised rows are standard normal."""
+    schema = learn_schema(table)
+    return TableFlow(Flow(Normal(schema.shape), Identity(schema.shape)), schema)
+
+
+def detector_of(train, held):
+    model = normal_model(train)
+    return Detector(model, calibrate(model, train, held))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    values = rng().normal(size=(500, 3)) * [1, 10, 0.1] + [0, 100, 0]
+    table = Table(("a", "b", "c"), values)
+    return detector_of(table.take(np.arange(300)), table.take(np.arange(300, 500)))
+
+
+def test_the_false_discovery_rate_over_whole_experiments():
+    """Training, calibration and new rows are drawn anew each time; the model is merely rough."""
+    generator = rng(1)
+    false = {0.1: [], 0.2: []}
+    p_normal, power = [], []
+    for _ in range(150):
+        train, held = (array_table(generator.standard_t(4, size=(n, 2))) for n in (60, 200))
+        normal = generator.standard_t(4, size=(80, 2))
+        strange = generator.normal(9, 1, size=(20, 2))
+        found = detector_of(train, held).detect(array_table(np.concatenate([normal, strange])), 0.2)
+        p_normal.append(found.scores.p_value[:80])
+        for level, shares in false.items():
+            listed = found.adjusted <= level
+            shares.append(listed[:80].sum() / max(listed.sum(), 1))
+        power.append(found.listed[80:].mean())
+    for level, shares in false.items():
+        error = np.std(shares) / np.sqrt(len(shares))
+        assert np.mean(shares) < 0.8 * level + 3 * error
+    assert np.mean(false[0.2]) > 0.05
+    assert np.mean(power) > 0.5
+    p = np.concatenate(p_normal)
+    for t in (0.05, 0.2, 0.5):
+        assert (p <= t).mean() == pytest.approx(t, abs=0.03)
+
+
+def test_calibration_rows_are_hidden_from_the_fit(monkeypatch):
+    seen = []
+
+    def spy(table, **options):
+        seen.append(table)
+        model = normal_model(table)
+        return model, {"rows": len(table)}
+
+    monkeypatch.setattr(anomaly_module, "fit_table", spy)
+    values = rng(2).normal(size=(120, 2))
+    found, report = fit_detector(array_table(values), seed=3)
+    assert report["calibration_rows"] == 24
+    assert len(seen[0]) == 96
+    hidden = np.setdiff1d(np.arange(1, 121), seen[0].rows) - 1
+    assert len(hidden) == 24
+    expected = found.model.log_prob(array_table(values[np.sort(hidden)]))
+    np.testing.assert_allclose(np.sort(found.calibration.log_p), np.sort(expected), rtol=1e-6)
+    with pytest.raises(InputError, match="20 rows, and a detector needs at least 30"):
+        fit_detector(array_table(values[:20]))
+
+
+def test_a_fitted_detector_finds_and_explains_what_was_planted():
+    generator = rng(4)
+    x = generator.normal(size=1_000)
+    values = np.column_stack(
+        [x, x + 0.1 * generator.normal(size=1_000), generator.normal(size=1_000)]
+    )
+    found, _ = fit_detector(Table(("a", "b", "c"), values), flow="realnvp", steps=150, seed=1)
+    new = values[:100].copy()
+    new[0] = [1.5, -1.5, 0.0]  # each cell is usual, and both together are not
+    new[1] = [0.0, 0.0, 30.0]
+    table = Table(("c", "b", "a"), new[:, ::-1])
+    listed = found.detect(table, 0.1)
+    assert listed.listed[:2].all()
+    assert set(listed.rows[listed.order[:2]]) == {1, 2}
+    first, second = found.explain(table.take(np.arange(2)))
+    assert {reason.column for reason in first[:2]} == {"a", "b"}
+    assert second[0].column == "c"
+    assert second[0].excess > 5
+    assert second[0].p_value == pytest.approx(1 / 101)
+    assert all(a.excess >= b.excess for a, b in itertools.pairwise(first))
+    usual = found.explain(Table(("a", "b", "c"), np.zeros((1, 3))))[0]
+    assert all(reason.excess < 2 for reason in usual)
+
+
+def test_conditional_anomalies():
+    """Strange beside the given column, and in no column alone."""
+    generator = rng(5)
+    c = generator.normal(size=400)
+    table = Table(("c", "x"), np.column_stack([c, 2 * c + 0.1 * generator.normal(size=400)]))
+    found, _ = fit_detector(table, given=["c"], flow="maf", steps=200, seed=0)
+    scores = found.scores(Table(("c", "x"), np.array([[1.0, -2.0], [1.0, 2.0]])))
+    assert scores.p_value[0] == pytest.approx(1 / 81)
+    assert scores.p_value[1] > 0.05
+    np.testing.assert_array_equal(scores.score, scores.log_density)
+    for none in (scores.neighbours, scores.contrast, scores.latent_radius):
+        assert np.isnan(none).all()
+    reason = found.explain(Table(("c", "x"), np.array([[1.0, -2.0]])))[0][0]
+    assert reason.column == "x"
+
+
+def test_all_scores_are_low_where_rows_are_strange(detector):
+    rows = Table(("a", "b", "c"), np.array([[0, 100.0, 0], [30, 100, 0], [np.inf, 100, 0]]))
+    found = detector.scores(rows)
+    for name, values in found._asdict().items():
+        assert values[0] > values[1], name
+    assert np.isneginf(found.score[2])
+    assert found.p_value[2] == found.p_value[1] == 1 / 201
+    quick = detector.score(rows)
+    np.testing.assert_array_equal(quick.score, found.score)
+    np.testing.assert_array_equal(quick.p_value, found.p_value)
+    z = (np.array([30.0]) - detector.model.schema.columns[0].location) / (
+        detector.model.schema.columns[0].scale
+    )
+    assert found.latent_radius[1] == pytest.approx(chi2.logsf(z**2, 3)[0], rel=0.01)
+    uniform = detector.scores(rows.take(np.array([1])), rng=rng()).p_value
+    assert 0 < uniform[0] < 1 / 201
+
+
+def test_lists_say_what_the_calibration_rows_allow(detector):
+    rows = Table(("a", "b", "c"), np.array([[0, 100.0, 0]] * 40))
+    found = detector.detect(rows, 0.01)
+    assert not found.listed.any()
+    assert len(found.order) == 0
+    assert found.least_p_value == 1 / 201
+    assert found.least_together == int(np.ceil(40 / 201 / 0.01))
+    strange = Table(("a", "b", "c"), np.array([[90, 100.0, 0]] * 30 + [[0, 100.0, 0]] * 10))
+    listed = detector.detect(strange, 0.05)
+    assert listed.listed[:30].all()
+    careful = detector.detect(strange, 0.05, confidence=0.9)
+    assert (careful.adjusted >= listed.adjusted).all()
+    more = detector.detect(strange, 0.05, storey=True)
+    assert (more.adjusted <= listed.adjusted).all()
+    with pytest.raises(InputError, match="false-discovery rate"):
+        detector.detect(rows, 1.0)
+    with pytest.raises(InputError, match="no column 'b'"):
+        detector.detect(rows.select(["a", "c"]))
+
+
+def test_detectors_are_saved_whole(detector, tmp_path):
+    io.save(tmp_path / "d.laminar", detector)
+    again = io.load(tmp_path / "d.laminar")
+    rows = Table(("a", "b", "c"), np.array([[0, 100.0, 0], [30, 100, 0]]))
+    for a, b in zip(detector.scores(rows), again.scores(rows), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert again.explain(rows) == detector.explain(rows)
+    assert Detector.of(again) is again
+    for other in (detector.model, 3):
+        with pytest.raises(InputError, match=r"m\.laminar has no calibration scores"):
+            Detector.of(other, "m.laminar")
+
+
+def test_the_latent_radius_of_mixtures_and_other_bases():
+    generator = rng(6)
+    x = generator.normal(size=(50, 2)) * 3
+    means, w = np.array([[0.0, 0.0], [4.0, 1.0]]), np.array([0.7, 0.3])
+    covariances = np.array([[[1.0, 0.5], [0.5, 2.0]], np.eye(2)])
+    squares = np.stack(
+        [
+            np.einsum("ni,ij,nj->n", x - m, np.linalg.inv(c), x - m)
+            for m, c in zip(means, covariances, strict=True)
+        ],
+        axis=1,
+    )
+    log_parts = np.log(w) - 0.5 * squares - 0.5 * np.log(np.linalg.det(covariances))
+    share = log_parts - logsumexp(log_parts, axis=1, keepdims=True)
+    expected = logsumexp(share + chi2.logsf(squares, 2), axis=1)
+    gaussians = GaussianMixture(w, means, covariances)
+    points = jnp.asarray(x, jnp.float32)
+    np.testing.assert_allclose(latent_log_tail(gaussians, points, None), expected, rtol=1e-3)
+
+    shift = Affine(jnp.array([1.0, 2.0]), jnp.array([2.0, 0.5]))
+    moved = Flow(Mixture((gaussians, Normal(2)), jnp.array([5.0, -60.0])), shift)
+    y = shift.forward(points.T)[0].T
+    np.testing.assert_allclose(latent_log_tail(moved, y, None), expected, rtol=1e-3)
+
+    kernels = IsotropicMixture(means, 0.5, w)
+    only = latent_log_tail(kernels, points[:1] * 0 + jnp.array([[4.0, 1.6]]), None)
+    assert only[0] == pytest.approx(chi2.logsf(0.36 / 0.25, 2), rel=1e-2)
+    heavy = latent_log_tail(StudentT(2, df=2.0), jnp.array([[3.0, 0.0]]), None)
+    z = norm.isf(student.sf(3.0, 2.0))
+    assert heavy[0] == pytest.approx(chi2.logsf(z**2, 2), rel=1e-3)
+
+
+def test_the_metric_weighs_all_kinds_of_columns_alike():
+    generator, count = rng(7), 4_000
+    x = np.column_stack(
+        [
+            generator.normal(5, 100, count),
+            generator.choice(4, count, p=[0.7, 0.1, 0.1, 0.1]),
+            np.where(generator.random(count) < 0.3, np.nan, generator.normal(size=count)),
+            np.full(count, 3.0),
+        ]
+    )
+    cells = (Cells(), Cells("text", ("p", "q", "r", "s")), Cells(), Cells())
+    table = Table(("a", "b", "c", "d"), x, cells=cells)
+    metric = learn_metric(table)
+    points = metric(table)
+    assert np.isfinite(points).all()
+    pairs = (points[: count // 2] - points[count // 2 :]) ** 2
+    np.testing.assert_allclose(pairs[:, 0].mean(), 2, rtol=0.15)
+    np.testing.assert_allclose(pairs[:, 1:6].sum(1).mean(), 2, rtol=0.15)
+    np.testing.assert_allclose(pairs[:, 7].mean(), 2, rtol=0.15)
+    odd = metric(Table(("a", "b", "c", "d"), np.array([[np.inf, -1, np.nan, 4.0]]), cells=cells))
+    assert np.isfinite(odd).all()
+    assert odd[0, 0] == 1e6
+    assert odd[0, 5] > 0
+    assert odd[0, -1] == 1

@@ -1,0 +1,196 @@
+"""Columns of every kind: inferred or declared, to events and back, and the log-density's terms."""
+
+import numpy as np
+import pytest
+
+from laminar._errors import InputError
+from laminar.tables.cells import Cells
+from laminar.tables.columns import Column
+from laminar.tables.infer import learn_column, parse_kind
+from laminar.tables.schema import learn_schema
+from laminar.tables.table import Table
+
+
+def rng():
+    return np.random.default_rng(3)
+
+
+TEXT = Cells("text", ("ant", "bee", "cat"))
+WHOLE, TRUTH = Cells("integer"), Cells("boolean")
+DAY = Cells("datetime", unit="D", origin=19_000)
+
+
+def column(values, cells=None, declared=None, typed=True):
+    return learn_column("c", np.asarray(values, float), cells=cells, declared=declared, typed=typed)
+
+
+@pytest.mark.parametrize(
+    ("values", "cells", "kind"),
+    [
+        (rng().normal(size=200), Cells(), "real"),
+        (rng().lognormal(0, 1.5, 200), Cells(), "positive"),
+        (rng().lognormal(0, 0.1, 200), Cells(), "real"),
+        (rng().poisson(3, 200), WHOLE, "integer"),
+        (rng().integers(0, 2, 200), TRUTH, "boolean"),
+        (rng().integers(0, 3, 200), TEXT, "categorical"),
+        (rng().integers(0, 3, 200), Cells("text", TEXT.levels, ordered=True), "ordinal"),
+        (rng().integers(0, 900, 200), DAY, "datetime"),
+        (np.full(200, 7.0), WHOLE, "constant"),
+        (np.full(200, np.nan), Cells(), "constant"),
+        (np.arange(200), Cells("text", tuple(map(str, range(200)))), "ignored"),
+    ],
+)
+def test_what_a_column_is_follows_from_its_cells(values, cells, kind):
+    found = column(values, cells)
+    assert found.kind == kind
+    assert not found.missing
+
+
+@pytest.mark.parametrize(
+    ("values", "cells", "declared"),
+    [
+        (rng().normal(size=100), Cells(), None),
+        (np.where(rng().random(300) < 0.3, 0, rng().lognormal(0, 1, 300)), Cells(), None),
+        (rng().lognormal(0, 1, 100), Cells(), "positive"),
+        (3 + rng().lognormal(0, 1, 100), Cells(), "positive:3"),
+        (rng().beta(0.3, 0.3, 100), Cells(), "bounded:0:1"),
+        (rng().poisson(3, 100), WHOLE, None),
+        (10 * rng().integers(-5, 50, 100), WHOLE, None),
+        (rng().integers(0, 10**9, 100), WHOLE, None),
+        (rng().integers(0, 2, 100), TRUTH, None),
+        (rng().integers(0, 3, 100), TEXT, None),
+        (rng().integers(0, 3, 100), Cells("text", TEXT.levels, ordered=True), None),
+        (rng().integers(0, 900, 100), DAY, None),
+        (rng().choice([1.5, 2.5, 7.0], 100), Cells(), "categorical"),
+        (
+            np.minimum(rng().zipf(1.2, 3000), 500) - 1,
+            Cells("text", tuple(map(str, range(500)))),
+            None,
+        ),
+    ],
+)
+def test_cells_come_back_from_events(values, cells, declared):
+    values = np.asarray(values, float)
+    values[::7] = np.nan
+    found = column(values, cells, declared)
+    assert found.missing
+    value, state, term = found.encode(values)
+    assert np.isfinite(value).all()
+    assert np.isfinite(term).all()
+    assert ((state >= 0) & (state < found.law.states)).all()
+    back = found.decode(value, state, rng())
+    if found.rare:
+        kept = np.isin(values, found.codes) | np.isnan(values)
+        assert np.isin(back[~kept], found.rare).all()
+        back, values = back[kept], values[kept]
+    np.testing.assert_allclose(back, values, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        Column("c", "real", 3.0, 2.0),
+        Column("c", "positive", 1.0, 0.5, low=2.0),
+        Column("c", "bounded", 0.3, 0.7, low=-1.0, high=4.0),
+    ],
+)
+def test_the_terms_are_the_logarithms_of_the_slopes(found):
+    x = np.array([2.3, 2.5, 3.0, 3.9])
+    h = 1e-6
+    slope = (found.standardise(x + h) - found.standardise(x - h)) / (2 * h)
+    np.testing.assert_allclose(found.log_slope(x), np.log(slope), rtol=1e-8)
+    np.testing.assert_allclose(found.unstandardise(found.standardise(x)), x, rtol=1e-12)
+
+
+def test_ends_keep_their_digits():
+    found = Column("c", "bounded", 0.0, 1.0, low=0.0, high=1.0)
+    x = np.array([1e-300, 1e-12, 0.5, 1 - 1e-12])
+    np.testing.assert_allclose(found.unstandardise(found.standardise(x)), x, rtol=1e-9)
+    assert (found.unstandardise(np.array([-1e4, 1e4])) > 0).all()
+    assert (found.unstandardise(np.array([-1e4, 1e4])) < 1).all()
+
+
+def test_what_lies_outside_has_no_probability():
+    assert not column(rng().lognormal(0, 2, 200)).supports(np.array([-1.0, 0.0])).any()
+    counts = column(rng().poisson(3, 200), WHOLE)
+    np.testing.assert_array_equal(
+        counts.supports(np.array([0.0, 40.0, -1.0, 0.5, np.nan])), [True, True, False, False, True]
+    )
+    tens = column(10.0 * rng().integers(0, 50, 100), WHOLE)
+    assert tens.step == 10
+    assert not tens.supports(np.array([15.0])).any()
+    constant = column(np.full(30, 4.0))
+    np.testing.assert_array_equal(constant.supports(np.array([4.0, 5.0])), [True, False])
+    empty = column(np.full(30, np.nan))
+    np.testing.assert_array_equal(empty.supports(np.array([np.nan, 5.0])), [True, False])
+
+
+def test_a_spike_is_found_where_a_cell_is_too_narrow():
+    gains = np.where(rng().random(500) < 0.9, 0, rng().integers(1000, 99_999, 500))
+    found = column(gains, WHOLE)
+    assert found.fine
+    assert found.spikes == (0.0,)
+    _, state, term = found.encode(np.array([0.0, 5000.0]))
+    np.testing.assert_array_equal(state, [1, 0])
+    assert term[0] == 0
+
+
+def test_a_new_category_has_the_chance_of_one():
+    found = column(rng().integers(0, 3, 98), TEXT)
+    _, state, term = found.encode(np.array([-1.0, 0.0]))
+    assert state[0] == -1
+    np.testing.assert_allclose(np.exp(term), [0.01, 0.99])
+
+
+def test_conditions_are_numbers_and_flags():
+    numbers = rng().normal(5, 2, 100)
+    numbers[3] = np.nan
+    table = Table(
+        ("x", "kind", "n"),
+        np.column_stack([rng().normal(size=100), rng().integers(0, 3, 100), numbers]),
+        cells=(Cells(), TEXT, Cells()),
+    )
+    schema = learn_schema(table, ("kind", "n"))
+    assert schema.cond_size == 5
+    found = schema.condition(table.select(("kind", "n")).values)
+    assert found.shape == (100, 5)
+    np.testing.assert_array_equal(found[:, :3].sum(1), 1)
+    np.testing.assert_array_equal(found[3, 3:], [0, 1])
+    assert not schema.mixed
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ("colour", "choose among"),
+        ("bounded", "write kinds as"),
+        ("bounded:1:0", "write kinds as"),
+        ("bounded:a:b", "write kinds as"),
+        ("real:1", "write kinds as"),
+        ("constant", "choose among"),
+    ],
+)
+def test_a_declaration_without_meaning_is_refused(declared, words):
+    with pytest.raises(InputError, match=words) as caught:
+        parse_kind("price", declared)
+    assert "'price'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "cells", "declared", "words"),
+    [
+        (rng().normal(size=50), Cells(), "positive", "holds -"),
+        (rng().normal(size=50), Cells(), "bounded:-1:1", "between -1 and 1"),
+        (rng().normal(size=50), Cells(), "integer", "declared integer and holds"),
+        (rng().integers(0, 3, 50), TEXT, "real", "holds text"),
+        (rng().integers(0, 3, 50), WHOLE, "boolean", "3 different values"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_refused(values, cells, declared, words):
+    with pytest.raises(InputError, match=words):
+        column(values, cells, declared)
+
+
+def test_a_declaration_of_no_column_is_refused():
+    with pytest.raises(InputError, match="no column 'b'"):
+        learn_schema(Table(("a",), rng().normal(size=(30, 1))), kinds={"b": "real"})

@@ -1,0 +1,162 @@
+"""Conditional densities of cells against laws whose conditionals are known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from scipy.stats import kstest, multivariate_normal, norm
+
+from laminar.tables.cells import Cells
+from laminar.tables.explain import conditionals
+from laminar.tables.schema import learn_schema
+from laminar.tables.table import Table
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def known(table, log_prob, kinds=None):
+    """A model of known log-density over the columns of a table."""
+
+    def scored(rows):
+        return log_prob(rows.select(table.names).values)
+
+    return SimpleNamespace(schema=learn_schema(table, kinds=kinds), log_prob=scored)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.9, 0.9999])
+def test_the_normal_law(rho):
+    covariance = np.array([[1.0, rho], [rho, 1.0]])
+    values = rng().multivariate_normal([0, 0], covariance, 400)
+    strange = np.array([[3.0, -3.0], [40.0, 0.0], [0.0, 0.0], [50.0, -50.0]])
+    scale, shift = np.array([1.0, 1e-3]), np.array([1e3, 0.0])
+    table = Table(("a", "b"), values * scale + shift)
+    model = known(
+        table,
+        lambda x: (
+            multivariate_normal.logpdf((x - shift) / scale, [0, 0], covariance) - np.log(1e-3)
+        ),
+    )
+    rows = np.concatenate([values[:60], strange])
+    found = conditionals(model, Table(("a", "b"), rows * scale + shift), table)
+    sd = np.sqrt(1 - rho**2)
+    for d, unit in ((0, 0.0), (1, np.log(1e-3))):
+        z = (rows[:, d] - rho * rows[:, 1 - d]) / sd
+        expected = norm.logpdf(z) - np.log(sd) - unit
+        np.testing.assert_allclose(found.log_p[:60, d], expected[:60], atol=0.02)
+        np.testing.assert_allclose(found.below[:60, d], norm.cdf(z[:60]), atol=0.01)
+        # Beside a cell that is far out the mass is far out too, and found with less precision.
+        np.testing.assert_allclose(found.log_p[60:, d], expected[60:], rtol=0.02, atol=0.02)
+    np.testing.assert_array_equal(found.at, 0.0)
+
+
+def test_two_modes_far_from_the_cell():
+    """The mass lies where the cell is not, and between the nodes of the column's quantiles."""
+    values = np.concatenate([rng().normal(-5, 0.05, (200, 1)), rng(1).normal(5, 0.05, (200, 1))])
+    table = Table(("a",), values)
+
+    def log_prob(x):
+        parts = [norm.logpdf(x[:, 0], m, 0.05) for m in (-5, 5)]
+        return logsumexp(parts, axis=0) - np.log(2)
+
+    model = known(table, log_prob)
+    rows = Table(("a",), np.array([[0.0], [5.01], [-5.2]]))
+    found = conditionals(model, rows, table)
+    np.testing.assert_allclose(found.log_p[:, 0], log_prob(rows.values), atol=0.02)
+    np.testing.assert_allclose(found.below[:2, 0], [0.5, 0.5 + 0.5 * norm.cdf(0.2)], atol=0.01)
+
+
+def test_categories_counts_spikes_and_gaps():
+    """x in {a, b, c}; n Poisson-like on a grid; y is missing, exactly zero, or normal about x."""
+    generator, count = rng(2), 600
+    chances = np.array([0.6, 0.3, 0.1])
+    x = generator.choice(3, count, p=chances).astype(float)
+    n = generator.binomial(6, 0.2 + 0.2 * x)
+    state = generator.choice(3, count, p=[0.5, 0.3, 0.2])
+    y = np.where(state == 0, generator.normal(3 * x + 7, 1), np.where(state == 1, 0.0, np.nan))
+    cells = (Cells("text", ("a", "b", "c")), Cells("integer"), Cells())
+    table = Table(("x", "n", "y"), np.column_stack([x, n, y]), cells=cells)
+
+    from scipy.stats import binom
+
+    def log_prob(v):
+        level = np.where(np.isin(v[:, 0], [0, 1, 2]), v[:, 0], 0).astype(int)
+        out = np.where(v[:, 0] == level, np.log(chances[level]), np.log(1e-3))
+        out = out + binom.logpmf(v[:, 1], 6, 0.2 + 0.2 * level)
+        gone, zero = np.isnan(v[:, 2]), v[:, 2] == 0
+        dense = np.log(0.5) + norm.logpdf(v[:, 2], 3 * level + 7, 1)
+        return out + np.where(gone, np.log(0.2), np.where(zero, np.log(0.3), dense))
+
+    model = known(table, log_prob)
+    kinds = {column.name: column.kind for column in model.schema.columns}
+    assert kinds["x"] == "categorical"
+    assert model.schema.columns[1].on_grid
+    assert model.schema.columns[2].missing
+    assert model.schema.columns[2].spikes == (0.0,)
+    rows = Table(
+        ("x", "n", "y"),
+        np.array([[0, 1, 7.0], [2, 5, 0.0], [1, 3, np.nan], [2, 0, 7.0], [-1, 1, 7.0]]),
+        cells=cells,
+    )
+    found = conditionals(model, rows, table)
+    whole = log_prob(rows.values)
+    for i, row in enumerate(rows.values):
+        for d, states in ((0, [0, 1, 2]), (1, range(7))):
+            altered = np.tile(row, (len(states), 1))
+            altered[:, d] = list(states)
+            terms = log_prob(altered)
+            if row[d] not in states:
+                terms = np.append(terms, whole[i])
+            assert found.log_p[i, d] == pytest.approx(whole[i] - logsumexp(terms), abs=1e-6)
+            assert found.at[i, d] == pytest.approx(np.exp(found.log_p[i, d]))
+    np.testing.assert_allclose(found.log_p[1, 2], np.log(0.3), atol=0.02)
+    np.testing.assert_allclose(found.log_p[2, 2], np.log(0.2), atol=0.02)
+    np.testing.assert_allclose(found.log_p[0, 2], np.log(0.5) + norm.logpdf(0), atol=0.02)
+    np.testing.assert_allclose(found.below[2, 2], 0.8, atol=0.01)
+    # Given a row that is a draw, the transforms are uniform, also where functions jump.
+    u = conditionals(model, table, table).transforms(rng(3))
+    for d in range(3):
+        assert kstest(u[:, d], "uniform").pvalue > 1e-3
+
+
+def test_whole_numbers_of_a_wide_range_are_summed_and_not_integrated():
+    generator = rng(4)
+    values = np.round(generator.normal(0, 300, (2_000, 1)))
+    cells = (Cells("integer"),)
+    table = Table(("n",), values, cells=cells)
+
+    def log_prob(x):
+        on = x[:, 0] == np.round(x[:, 0])
+        inside = norm.cdf((x[:, 0] + 0.5) / 300) - norm.cdf((x[:, 0] - 0.5) / 300)
+        with np.errstate(divide="ignore"):
+            return np.where(on, np.log(inside), -np.inf)
+
+    model = known(table, log_prob, {"n": "integer"})
+    assert model.schema.columns[0].on_grid
+    rows = Table(("n",), np.array([[0.0], [250.0], [-900.0]]), cells=cells)
+    found = conditionals(model, rows, table)
+    np.testing.assert_allclose(found.log_p[:, 0], log_prob(rows.values), atol=0.02)
+    np.testing.assert_allclose(found.below[:2, 0], norm.cdf([0, 250 / 300]), atol=0.01)
+
+
+def test_what_is_impossible_is_told_apart():
+    """A constant that differs, a value outside the support, and cells beside such a cell."""
+    values = np.column_stack([rng(5).random(200) + 0.5, rng(6).normal(size=200), np.full(200, 7.0)])
+    table = Table(("a", "b", "c"), values)
+
+    def log_prob(x):
+        a, b, c = x.T
+        inside = (a > 0) & (c == 7)
+        return np.where(inside, norm.logpdf(np.log(np.maximum(a, 1e-9))) + norm.logpdf(b), -np.inf)
+
+    model = known(table, log_prob, {"a": "positive"})
+    rows = Table(("a", "b", "c"), np.array([[1.0, 0.0, 7.0], [1.0, 0.0, 8.0], [-1.0, 0.0, 7.0]]))
+    found = conditionals(model, rows, table).log_p
+    assert np.isfinite(found[0]).all()
+    assert np.isneginf(found[1, 2])
+    assert np.isnan(found[1, :2]).all()
+    assert np.isneginf(found[2, 0])
+    assert np.isnan(found[2, 1])
+    assert found[2, 2] == 0

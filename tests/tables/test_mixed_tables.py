@@ -1,0 +1,162 @@
+"""Tables of mixed columns: fitted, scored, drawn, asked what if, and filled in."""
+
+import jax.random as jr
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from laminar import io
+from laminar._errors import InputError
+from laminar.tables.cells import Cells
+from laminar.tables.flow import TableFlow, fit_table
+from laminar.tables.schema import learn_schema
+from laminar.tables.table import Table
+
+NAMES = ("city", "visits", "spend", "member", "score")
+CELLS = (
+    Cells("text", ("Aix", "Bern", "Cork")),
+    Cells("integer"),
+    Cells(),
+    Cells("boolean"),
+    Cells(),
+)
+
+
+def make(rows=600, seed=0, gaps=0.15):
+    rng = np.random.default_rng(seed)
+    city = rng.choice(3, rows, p=[0.5, 0.3, 0.2])
+    visits = rng.poisson(2 + 4 * city)
+    spend = np.where(rng.random(rows) < 0.3, 0, np.exp(rng.normal(3 + city, 0.5)))
+    member = rng.random(rows) < np.array([0.1, 0.5, 0.9])[city]
+    values = np.column_stack([city, visits, spend, member, rng.normal(2 * city, 0.5)]).astype(float)
+    values[rng.random(values.shape) < gaps] = np.nan
+    return Table(NAMES, values, "the visits", cells=CELLS)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_table(make(), steps=300)
+
+
+def test_it_is_better_than_independent_columns(fitted):
+    model, report = fitted
+    assert model.schema.mixed
+    assert report["baseline"]["name"] == "independent columns"
+    assert report["held_out"]["log_density"] > report["baseline"]["log_density"] + 0.5
+    assert any("missing at random" in note for note in report["notes"])
+
+
+def test_probabilities_of_a_discrete_row_sum_to_one():
+    table = make().select(("city", "member", "visits"))
+    model, _ = fit_table(table, steps=50)
+    unseen = sum(column.unseen for column in model.schema.columns)
+    grid = [[*range(3), np.nan], [0, 1, np.nan], [*range(200), np.nan]]
+    rows = np.array(np.meshgrid(*grid, indexing="ij")).reshape(3, -1).T
+    total = np.exp(logsumexp(model.log_prob(Table(table.names, rows, cells=table.cells))))
+    assert total == pytest.approx(1, abs=unseen + 1e-4)
+    assert total < 1
+
+
+def test_samples_look_like_rows(fitted):
+    model, _ = fitted
+    drawn = model.sample(jr.key(0), 500)
+    cells = drawn.decoded()
+    assert set(cells["city"]) <= {"Aix", "Bern", "Cork", None}
+    assert set(cells["member"]) <= {True, False, None}
+    visits = drawn.column("visits")
+    assert (visits[~np.isnan(visits)] == np.round(visits[~np.isnan(visits)])).all()
+    assert np.nanmin(visits) >= 0
+    assert (drawn.column("spend") == 0).mean() == pytest.approx(0.25, abs=0.1)
+    assert np.isnan(drawn.values).mean() == pytest.approx(0.15, abs=0.05)
+    assert np.isfinite(model.log_prob(drawn)).all()
+
+
+def test_texts_are_matched_by_name(fitted):
+    model, _ = fitted
+    row = np.array([[1.0, 3, 0.0, 1, 2.0]])
+    here = Table(NAMES, row, cells=CELLS)
+    other = (Cells("text", ("Bern", "Zug")), *CELLS[1:])
+    there = Table(NAMES, np.array([[0.0, 3, 0.0, 1, 2.0]]), cells=other)
+    assert model.log_prob(here) == model.log_prob(there)
+    new = Table(NAMES, row, cells=other)  # Zug, which the model has not seen
+    assert np.isfinite(model.log_prob(new))
+    assert model.log_prob(new) < model.log_prob(here)
+
+
+def test_what_if(fitted):
+    model, _ = fitted
+    drawn = model.sample(jr.key(1), 400, fixed={"city": "Cork", "member": True})
+    assert (drawn.column("city") == 2).all()
+    assert (drawn.column("member") == 1).all()
+    assert not np.isnan(drawn.values).any()
+    assert np.mean(drawn.column("score")) == pytest.approx(4, abs=0.5)
+    assert np.mean(drawn.column("visits")) == pytest.approx(10, abs=1.5)
+    with pytest.raises(InputError, match="cannot have the value"):
+        model.sample(jr.key(1), 5, fixed={"visits": -3})
+    with pytest.raises(InputError, match="did you mean 'city'"):
+        model.sample(jr.key(1), 5, fixed={"citi": "Cork"})
+
+
+def test_gaps_are_filled_from_what_is_there(fitted):
+    model, _ = fitted
+    whole = make(200, 5, gaps=0.0)
+    values = whole.values.copy()
+    values[:, 0] = np.nan
+    filled, effective = model.impute(jr.key(2), Table(NAMES, values, cells=CELLS), draws=2)
+    assert len(filled) == 400
+    assert (effective >= 1).all()
+    np.testing.assert_array_equal(filled.values[::2, 1:], whole.values[:, 1:])
+    right = filled.column("city") == np.repeat(whole.column("city"), 2)
+    assert right.mean() > 0.8  # the score alone tells the cities apart
+    with pytest.raises(InputError, match="draws"):
+        model.impute(jr.key(2), whole, draws=0)
+
+
+def test_what_comes_back_from_a_file_scores_the_same(fitted, tmp_path):
+    model, _ = fitted
+    io.save(tmp_path / "m", model)
+    table = make(50, 9)
+    np.testing.assert_array_equal(io.load(tmp_path / "m").log_prob(table), model.log_prob(table))
+
+
+def test_the_density_is_in_the_units_of_the_columns(fitted):
+    """A change of units changes ln p by the logarithms of the units."""
+    model, _ = fitted
+    scaled = Table(NAMES, make().values * [1, 1, 1000, 1, 1000], cells=CELLS)
+    other = TableFlow(model.flow, learn_schema(scaled))
+    here, there = make(50, 3), make(50, 3).values * [1, 1, 1000, 1, 1000]
+    counted = (here.column("spend") > 0).astype(int) + ~np.isnan(here.column("score"))
+    # The schema of the model was scaled by its training rows alone.
+    first = TableFlow(model.flow, learn_schema(make())).log_prob(here)
+    second = other.log_prob(Table(NAMES, there, cells=CELLS))
+    np.testing.assert_allclose(first, second + counted * np.log(1000), atol=1e-3)
+
+
+def test_real_tables_can_be_asked_in_part_when_told():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=500)
+    table = Table(("a", "b"), np.column_stack([x, x + 0.3 * rng.normal(size=500)]))
+    whole, _ = fit_table(table.take(np.arange(60)))
+    assert not whole.schema.mixed
+    with pytest.raises(InputError, match="partial=True"):
+        whole.sample(jr.key(0), 3, fixed={"a": 1.0})
+    model, _ = fit_table(table, steps=150, partial=True)
+    drawn = model.sample(jr.key(0), 500, fixed={"a": 1.5})
+    assert np.mean(drawn.column("b")) == pytest.approx(1.5, abs=0.25)
+    gap = Table(("a", "b"), np.array([[np.nan, 0.2]]))
+    assert np.isfinite(model.log_prob(gap))
+    with pytest.raises(InputError, match="missing"):
+        whole.log_prob(gap)
+
+
+def test_other_flows_refuse_mixed_columns():
+    with pytest.raises(InputError, match="use auto"):
+        fit_table(make(100), flow="nsf")
+
+
+def test_weights_may_not_be_missing():
+    table = make(100, gaps=0.0)
+    values = np.column_stack([table.values, np.ones(100)])
+    values[7, -1] = np.nan
+    with pytest.raises(InputError, match="missing in row 8"):
+        fit_table(Table((*NAMES, "w"), values, cells=(*CELLS, Cells())), weights="w")
