@@ -137,6 +137,9 @@ if TYPE_CHECKING:
     from laminar.io import save as save
     from laminar.matching import flow_matching as flow_matching
     from laminar.matching import rnode as rnode
+    from laminar.mixed import AutoregressiveDistribution as AutoregressiveDistribution
+    from laminar.mixed import ColumnLaw as ColumnLaw
+    from laminar.mixed import autoregressive_distribution as autoregressive_distribution
     from laminar.mixtures import GaussianMixture as GaussianMixture
     from laminar.mixtures import IsotropicMixture as IsotropicMixture
     from laminar.mixtures import Mixture as Mixture
@@ -153,8 +156,10 @@ if TYPE_CHECKING:
     from laminar.spaces import Rotations as Rotations
     from laminar.spaces import Simplex as Simplex
     from laminar.spaces import Sphere as Sphere
-    from laminar.tables.flow import TableFlow as TableFlow
     from laminar.tables.flow import fit_table as fit_table
+    from laminar.tables.frames import from_frame as from_frame
+    from laminar.tables.frames import to_frame as to_frame
+    from laminar.tables.model import TableFlow as TableFlow
     from laminar.tables.read import read_table as read_table
     from laminar.tables.read import write_table as write_table
     from laminar.tables.table import Table as Table
@@ -289,6 +294,11 @@ _NAMES = {
     "laminar.flow": ("Flow", "Path"),
     "laminar.io": ("load", "read_header", "save"),
     "laminar.matching": ("flow_matching", "rnode"),
+    "laminar.mixed": (
+        "AutoregressiveDistribution",
+        "ColumnLaw",
+        "autoregressive_distribution",
+    ),
     "laminar.mixtures": ("GaussianMixture", "IsotropicMixture", "Mixture"),
     "laminar.nn.encoders": ("ImageEncoder", "SequenceEncoder", "SetEncoder"),
     "laminar.nn.attention": ("CausalTransformer",),
@@ -298,7 +308,9 @@ _NAMES = {
     "laminar.nn.mlp": ("MLP",),
     "laminar.objectives": ("Batch", "nll"),
     "laminar.spaces": ("Rotations", "Simplex", "Sphere"),
-    "laminar.tables.flow": ("TableFlow", "fit_table"),
+    "laminar.tables.flow": ("fit_table",),
+    "laminar.tables.frames": ("from_frame", "to_frame"),
+    "laminar.tables.model": ("TableFlow",),
     "laminar.tables.read": ("read_table", "write_table"),
     "laminar.tables.table": ("Table",),
     "laminar.train.density": ("fit_density",),
@@ -337,6 +349,7 @@ _MODULES = (
     "inference",
     "io",
     "matching",
+    "mixed",
     "mixtures",
     "nn",
     "objectives",

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from scipy.stats import norm
 
 from laminar.estimators import response
 from laminar.estimators.response import Sizes, fit_law, pad_condition
@@ -34,16 +35,15 @@ def test_every_row_is_held_out_once_and_the_best_is_kept():
     assert losses.shape == (3, 11)
     for fold in range(3):
         assert np.nanmin(losses[fold]) == losses[fold, best[fold]]
-        # Its own density of its fold, the tail apart, is what the loss says.
-        near = -fitted.held_out[folds == fold].mean()
-        assert abs(near - losses[fold, best[fold]]) < 0.05
-    assert fitted.held_out.mean() > -losses[:, 0].mean() + 0.05
+    # Better than the law of all rows together, which training begins with.
+    assert np.nanmin(losses, 1).mean() < losses[:, 0].mean() - 0.2
+    assert fitted.held_out.mean() > norm.logpdf(r, r.mean(), r.std()).mean() + 0.2
 
 
 def test_training_ends_with_the_patience():
     r, c, w, folds = rows(60)
     # Noise alone: there is nothing to learn, and a high rate soon makes it worse.
-    r = np.random.default_rng(5).logistic(size=60)
+    r = np.random.default_rng(5).normal(size=60)
     sizes = dataclasses.replace(QUICK, steps=4_000, rounds=40, learning_rate=3e-2)
     fitted = fit_law(2, r, c, w, folds, sizes)
     assert np.isnan(fitted.losses[:, -1]).all()

@@ -101,7 +101,7 @@ def test_keys_move_the_slider_by_tenths_and_steps(opened):
     assert "mean" in page.locator("#motion-now").inner_text()
     page.keyboard.press("End")
     assert at(page) == float(slider.get_attribute("max"))
-    assert page.locator("#motion-now").inner_text().startswith("x, the rows")
+    assert page.locator("#motion-now").inner_text().startswith("x: the rows")
     page.keyboard.press("Home")
     page.keyboard.press("ArrowLeft")
     assert at(page) == 0

@@ -25,9 +25,9 @@ def looked(plain, plain_table):
 
 def test_steps_lead_from_the_base_to_the_tables_units(looked, plain):
     motion = looked.motion(KEY)
-    assert motion.names[0] == "independent standard normal variables"
-    assert motion.names[1:5] == ["SinhArcsinh"] * 4
-    assert motion.names[-1] == "the units of the table"
+    assert motion.names[0] == "the base, independent standard normal variables"
+    assert motion.names[1:5] == ["after SinhArcsinh"] * 4
+    assert motion.names[-1] == "the rows, in the table's units"
     assert motion.share == pytest.approx(0.6)
     assert motion.points.shape == (7, 3, motion.points.shape[2])
     # The base is standard normal, and the last step has the spread of the table.
@@ -60,7 +60,7 @@ def test_what_a_page_gets_is_json_and_decodes_to_the_points(looked):
     assert all(len(step) == columns for step in page["ticks"])
     heights = np.frombuffer(base64.b64decode(page["heights"]), "<i2").reshape(steps, -1) / SCALE
     assert 0.8 < ((heights >= 0) & (heights <= 1)).mean() < 0.99
-    assert page["texts"][0][0].startswith("z₀, the base")
+    assert page["texts"][0][0].startswith("z₀: the base, ")
 
 
 def test_mixed_rows_start_from_logistic_variables(mixed, mixed_table):

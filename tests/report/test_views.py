@@ -40,7 +40,8 @@ def test_categories_have_names_and_shares():
     own = view(data, drawn, cells, "categorical")
     assert [own.text(code) for code in own.codes] == ["a name not seen before", "a", "b", "c"]
     np.testing.assert_allclose(own.frequencies(data), [0, 0.75, 0.25, 0])
-    assert own.difference() == pytest.approx(0.5)
+    # Half of 0.6 − 0.5, 0.2 − 0, 0 − 0.4, 0 − 0.1 and the gaps' 0.2 − 0.
+    assert own.difference() == pytest.approx(0.5 * (0.1 + 0.2 + 0.4 + 0.1 + 0.2))
     assert own.middle(data) == "a 75%, b 25%"
     assert own.gaps() == "Missing: 20% of the rows, 0% of the samples."
     assert np.isnan(own.positions(data)[-1])

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from laminar._errors import InputError
 from laminar.tables.cells import Cells
@@ -160,3 +162,21 @@ def test_names_and_cells_survive_a_round_trip(tmp_path):
         again = read_table(path)
         np.testing.assert_array_equal(again.values, table.values)
         assert again.cells == table.cells
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    cells=st.lists(st.none() | ANY_TEXT.filter(str.strip), max_size=5),
+    name=ANY_TEXT.filter(lambda text: "\0" not in text),
+)
+def test_any_text_survives(tmp_path, cells, name):
+    name, column = f"c{name}c", np.array([*cells, "text"], object)
+    write_table(tmp_path / "t.csv", {name: column, "row": np.arange(len(column))})
+    table = read_table(tmp_path / "t.csv")
+    assert table.names == (name, "row")
+    assert table.decoded()[name].tolist() == column.tolist()

@@ -6,9 +6,11 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from laminar._errors import InputError
 from laminar.bijections.base import Identity
 from laminar.distributions import Normal
 from laminar.flow import Flow
+from laminar.mixed import autoregressive_distribution
 from laminar.tables.export import export_table
 from laminar.tables.flow import TableFlow
 from laminar.tables.schema import learn_schema
@@ -19,13 +21,20 @@ pytest.importorskip("flatbuffers")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model of tenths, of two heavy values, of halves and thirds, and of a constant."""
+    """A model of tenths, two heavy values, halves and thirds, a size, a share and a constant."""
     rng = np.random.default_rng(0)
     heavy = np.where(rng.random(300) < 0.5, rng.normal(size=300), rng.choice([0.0, 0.7], 300))
-    columns = (rng.integers(0, 9, 300) * 0.1, heavy, rng.choice([0.5, 1 / 3, 2], 300), np.ones(300))
-    table = Table(("tenth", "heavy", "level", "one"), np.stack(columns, axis=1))
-    schema = learn_schema(table)
-    model = TableFlow(Flow(Normal((3,)), Identity((3,))), schema)
+    columns = {
+        "tenth": rng.integers(0, 9, 300) * 0.1,
+        "heavy": heavy,
+        "level": rng.choice([0.5, 1 / 3, 2], 300),
+        "one": np.ones(300),
+        "size": rng.lognormal(0, 1, 300),
+        "share": rng.beta(2, 3, 300),
+    }
+    table = Table(tuple(columns), np.stack([*columns.values()], axis=1), named=False)
+    schema = learn_schema(table, kinds={"size": "positive", "share": "bounded:0:1"})
+    model = TableFlow(Flow(Normal((5,)), Identity((5,))), schema)
     return table, model, export_table(model, tmp_path_factory.mktemp("table") / "out")
 
 
@@ -44,10 +53,15 @@ def test_the_script_scores_and_restores_alike(exported):
     np.testing.assert_allclose(
         module.log_density(table.values), model.log_prob(table), rtol=1e-5, atol=1e-5
     )
-    z = np.asarray(jr.normal(jr.key(0), (2000, 3)))
+    outside = np.where(np.arange(6) == 4, -1.0, table.values[:2])
+    assert (module.log_density(outside) == -np.inf).all()
+    assert (model.log_prob(outside) == -np.inf).all()
+    z = np.asarray(jr.normal(jr.key(0), (2000, 5)))
     for i, column in enumerate(model.schema.modelled):
         about = next(c for c in module._ALL if c["name"] == column.name)
-        np.testing.assert_array_equal(module._restore(about, z[:, i]), column.restore(z[:, i]))
+        np.testing.assert_allclose(
+            module._restore(about, z[:, i]), column.restore(z[:, i]), rtol=1e-13
+        )
     drawn = module.sample(500)[:, 0]
     assert set(drawn) <= {round(k / 10, 1) for k in range(-60, 61)}
     assert module._load("sample.bin") is module._load("sample.bin")
@@ -59,6 +73,15 @@ def test_the_script_refuses_what_is_damaged(exported):
     (folder / "log_prob.bin").write_bytes(whole[:-1] + b"?")
     module = script(folder)
     with pytest.raises(ValueError, match="damaged"):
-        module.log_density(np.zeros((1, 4)))
+        module.log_density(np.zeros((1, 6)))
     (folder / "log_prob.bin").write_bytes(whole)
-    assert np.isfinite(module.log_density(np.ones((1, 4))))
+    assert np.isfinite(module.log_density(np.full((1, 6), [[1, 1, 1, 1, 1, 0.5]])))
+
+
+def test_models_of_mixed_tables_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    table = Table(("a", "k"), np.column_stack([rng.normal(size=50), rng.integers(0, 3, 50)]))
+    schema = learn_schema(table, kinds={"k": "categorical"})
+    model = TableFlow(autoregressive_distribution(schema.laws, key=jr.key(0), width=8), schema)
+    with pytest.raises(InputError, match="numbers without gaps"):
+        export_table(model, tmp_path / "out")

@@ -23,7 +23,7 @@ class FlowRegressor(RegressorMixin, RowReader):
     r"""Conditional density of a number y given a row x, by an ensemble of spline flows.
 
         p(y | x) = (1 − ε)/M Σ_m φ(z_m) |dz_m/dy| + ε t₂(z) |dz/dy|,
-        z = g⁻¹((y − a(x)) / s(x)),    z_m = f_m⁻¹(z; x),    f_m = affine ∘ rational-quadratic spline
+        z = g⁻¹((y − a(x)) / s(x)),    z_m = f_m⁻¹(z; x),    f_m = affine ∘ spline
 
     φ is the normal density and t₂ Student's with two degrees of freedom. The location a(x) and the
     scale s(x) are those of boosted trees predicted out of fold, and g is the map from normal

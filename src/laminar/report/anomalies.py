@@ -41,7 +41,7 @@ def anomalies(study: Study, found: Anomalies) -> Markup:
             "column.",
             heads,
             rows,
-            right=(1, 2) if scored else (1,),
+            right=(0, 1, 2) if scored else (0, 1),
         ),
     )
 

@@ -57,12 +57,16 @@ class Axis:
         return np.log(np.where(values > 0, values, np.nan))
 
 
-def number_axis(low: float, high: float, label: str = "", count: int = 5) -> Axis:
-    """An axis of numbers, with about `count` round ticks."""
+def number_axis(
+    low: float, high: float, label: str = "", count: int = 5, whole: bool = False
+) -> Axis:
+    """An axis of numbers, with about `count` round ticks, at whole numbers only where wanted."""
     if not high > low:
         middle = (low + high) / 2
         low, high = middle - (abs(middle) * 0.05 or 0.5), middle + (abs(middle) * 0.05 or 0.5)
     step = _round_step((high - low) / max(count, 1))
+    if whole:
+        step = max(1.0, float(math.ceil(step)))
     first = math.ceil(low / step - 1e-9)
     values = [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
     return Axis(low, high, tuple((v, tick_text(v, step)) for v in values), label)
@@ -176,6 +180,11 @@ def short_number(value: float, digits: int = 4) -> str:
         return minus(text.rstrip("0").rstrip(".") if "." in text else text)
     mantissa, power = f"{value:.{max(digits - 2, 1)}e}".split("e")
     return f"{minus(mantissa.rstrip('0').rstrip('.'))}×10{_raised(int(power))}"
+
+
+def lowered(number: int) -> str:
+    """A number as a subscript."""
+    return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
 def _raised(power: int) -> str:

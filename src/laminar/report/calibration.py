@@ -12,6 +12,7 @@ judges all columns together.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from laminar.distributions import Logistic, MultivariateNormal, Normal, StudentT
 from laminar.flow import Flow
 from laminar.mixed import AutoregressiveDistribution, logits_of
 from laminar.mixtures import GaussianMixture, IsotropicMixture, Mixture, assemble_factors
+from laminar.report.axes import lowered
 from laminar.scores.conformal import holm
 from laminar.scores.twosample import ks_test, uniform_test
 
@@ -41,21 +43,24 @@ class Transforms:
     """Transforms that are uniform where the model is right.
 
     Attributes:
+        names: What each is called.
         u: (N, D), in [0, 1].
         distance: The Kolmogorov–Smirnov distance from uniform of each, (D,).
         p_value: Likewise, adjusted for their number after Holm.
     """
 
+    names: list[str]
     u: np.ndarray
     distance: np.ndarray
     p_value: np.ndarray
 
 
-def transforms(u: np.ndarray) -> Transforms:
-    """The transforms (N, D) with their tests."""
+def transforms(u: np.ndarray, names: Sequence[str] | None = None) -> Transforms:
+    """The transforms (N, D) with their tests; they are called u₁, …, u_D unless they have names."""
+    called = [f"u{lowered(d + 1)}" for d in range(u.shape[1])] if names is None else list(names)
     tests = [uniform_test(column) for column in u.T]
     p = np.array([test.p_value for test in tests])
-    return Transforms(u, np.array([test.statistic for test in tests]), holm(p))
+    return Transforms(called, u, np.array([test.statistic for test in tests]), holm(p))
 
 
 def chance_band(rows: int, bins: int) -> tuple[float, float]:

@@ -39,7 +39,7 @@ class Frame:
     def __init__(self, panel: Panel, x: Axis, y: Axis, left: float = _LEFT, top: float = _TOP):
         self.panel, self.x, self.y = panel, x, y
         self.left, self.right = left, panel.width - _RIGHT
-        self.top, self.bottom = top, panel.height - _BOTTOM
+        self.top, self.bottom = top, panel.height - (_BOTTOM if x.label else 22.0)
         panel.add(Label(0, 14, cut(panel.title, 42), "start", size=13.5, bold=True))
         self._ground()
         if y.ticks:

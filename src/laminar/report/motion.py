@@ -22,11 +22,10 @@ from laminar.bijections.path import step_names
 from laminar.flow import Flow
 from laminar.mixed import AutoregressiveDistribution
 from laminar.mixtures import Mixture
-from laminar.report.axes import Axis, number_axis, short_number
+from laminar.report.axes import Axis, lowered, number_axis, short_number
 from laminar.report.calibration import latent_uniforms
 from laminar.report.charts import cloud
 from laminar.report.markup import packed
-from laminar.report.parts import lowered
 from laminar.report.scene import Panel
 from laminar.report.views import View, limits
 from laminar.tables.model import TableFlow
@@ -112,11 +111,8 @@ class Motion:
 
     def head(self, step: int) -> str:
         """The name of a step in a few words."""
-        if step == 0:
-            return f"z₀, the base: {self.names[0]}"
-        if step == len(self.names) - 1:
-            return f"x, the rows: after {self.names[step]}"
-        return f"z{lowered(step)}: after {self.names[step]}"
+        symbol = "x" if step == len(self.names) - 1 else f"z{lowered(step)}"
+        return f"{symbol}: {self.names[step]}"
 
     def about(self, step: int) -> str:
         """What there is to say of a step."""
@@ -201,13 +197,13 @@ def _plain(model: TableFlow, dist: Flow, key: PRNGKeyArray, count: int, given: A
     if any(p.shape != points[-1].shape for p in points):
         return None
     kept = sorted({round(k) for k in np.linspace(0, len(points) - 1, min(len(points), 15))})
-    names = [_name_of_base(dist._base), *path.names]
+    names = [f"the base, {_name_of_base(dist._base)}", *(f"after {name}" for name in path.names)]
     log_q = np.asarray(path.log_probs, np.float64)
     rows = model.schema.decode(points[-1])
     _, terms = model.schema.encode(rows)
     values = dict(zip(model.schema.names, rows.T, strict=True))
     return (
-        [*(names[k] for k in kept), "the units of the table"],
+        [*(names[k] for k in kept), "the rows, in the table's units"],
         [points[k] for k in kept],
         [*(log_q[k] for k in kept), log_q[-1] + terms],
         values,
@@ -232,9 +228,9 @@ def _mixed(model: TableFlow, dist: Any, key: PRNGKeyArray, count: int, given: An
     _, terms = model.schema.encode(rows)
     return (
         [
-            "one logistic variable for each column",
-            "the columns in turn, each given those before it",
-            "the units of the table",
+            "the base, one logistic variable for each column",
+            "the columns, drawn in turn, each given those before it",
+            "the rows, in the table's units",
         ],
         [noise, at],
         [(-noise - 2 * np.log1p(np.exp(-noise))).sum(1), log_q, log_q + terms],

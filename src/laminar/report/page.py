@@ -233,7 +233,8 @@ def _facts(found: Study) -> Markup:
     ]
     held = meta.get("held_out")
     if isinstance(held, dict) and isinstance(held.get("log_density"), float):
-        facts.append(("Held-out log density", _score(held), "nats a row"))
+        mean, error = _score(held).split(" ± ")
+        facts.append(("Held-out log density", mean, f"± {error} nats a row"))
     if isinstance(meta.get("seconds"), float):
         facts.append(("Time to fit", f"{meta['seconds']:,.1f} s", None))
     return tag(

@@ -93,8 +93,3 @@ def p_text(p: float) -> str:
     if np.isnan(p):
         return "–"
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
-
-
-def lowered(number: int) -> str:
-    """A number as a subscript."""
-    return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))

@@ -5,7 +5,7 @@ import numpy as np
 from laminar.report import charts
 from laminar.report.calibration import CONFIDENCE, Regions, Transforms, chance_band, histogram_bins
 from laminar.report.markup import Markup, tag
-from laminar.report.parts import figure, grid, legend, lowered, p_text, section, verdict
+from laminar.report.parts import figure, grid, legend, p_text, section, verdict
 from laminar.report.scene import Panel
 from laminar.report.study import Study
 from laminar.report.views import percent
@@ -85,8 +85,8 @@ def _latents(latent: Transforms | None) -> list[object]:
             tag("p", "The base of this model has no independent variables to be looked at."),
         ]
     count = latent.u.shape[1]
-    order = np.argsort(-latent.distance, kind="stable")[:_MOST_LATENTS]
-    clear = [f"u{lowered(d + 1)}" for d in range(count) if latent.p_value[d] < 1 - CONFIDENCE]
+    order = np.sort(np.argsort(-latent.distance, kind="stable")[:_MOST_LATENTS])
+    clear = [latent.names[d] for d in range(count) if latent.p_value[d] < 1 - CONFIDENCE]
     which = "" if count <= _MOST_LATENTS else f" The {_MOST_LATENTS} farthest from it are drawn."
     return [
         heading,
@@ -97,7 +97,11 @@ def _latents(latent: Transforms | None) -> list[object]:
             verdict(clear, count, "latent variables"),
         ),
         legend(("data", "rows, relative to their expected number"), ("band", "what chance gives")),
-        tag("div", *(figure(latent_chart(latent, int(d))) for d in order), class_="charts"),
+        tag(
+            "div",
+            *(figure(latent_chart(latent, int(d)), _distance(latent, int(d))) for d in order),
+            class_="charts",
+        ),
         tag(
             "details",
             tag("summary", "All latent variables in numbers"),
@@ -107,13 +111,18 @@ def _latents(latent: Transforms | None) -> list[object]:
                 "variables.",
                 ("variable", "distance", "p"),
                 [
-                    (f"u{lowered(d + 1)}", f"{latent.distance[d]:.3f}", p_text(latent.p_value[d]))
+                    (latent.names[d], f"{latent.distance[d]:.3f}", p_text(latent.p_value[d]))
                     for d in range(count)
                 ],
                 right=(1, 2),
             ),
         ),
     ]
+
+
+def _latent(latent: Transforms, d: int) -> Markup:
+    words = f"Distance from uniform {latent.distance[d]:.3f}, p = {p_text(latent.p_value[d])}."
+    return figure(latent_chart(latent, d), words)
 
 
 def latent_chart(latent: Transforms, d: int) -> Panel:
@@ -124,5 +133,4 @@ def latent_chart(latent: Transforms, d: int) -> Panel:
         f"Kolmogorov–Smirnov distance from uniform {latent.distance[d]:.3f}, p = "
         f"{p_text(latent.p_value[d])}."
     )
-    title = f"u{lowered(d + 1)}   KS {latent.distance[d]:.3f}"
-    return charts.uniform_histogram(title, summary, u, bins, chance_band(len(u), bins))
+    return charts.uniform_histogram(latent.names[d], summary, u, bins, chance_band(len(u), bins))

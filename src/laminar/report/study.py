@@ -89,11 +89,11 @@ class Study:
         if schema.noise.any():
             x = x + schema.noise * rng.uniform(-0.5, 0.5, x.shape)
         try:
-            return transforms(
-                latent_uniforms(self.model.flow, cast(x, self.model.flow), condition, rng)
-            )
+            u = latent_uniforms(self.model.flow, cast(x, self.model.flow), condition, rng)
         except NoLatentError:
             return None
+        # In a mixed table each variable is that of a column given those before it.
+        return transforms(u, [c.name for c in schema.modelled] if schema.mixed else None)
 
     def motion(self, key: PRNGKeyArray) -> Motion | None:
         """Samples on their way through the flow."""

@@ -67,7 +67,8 @@ class View:
         """The same for bars at `levels`, all of which it holds."""
         low, high = float(self.levels[0]), float(self.levels[-1])
         margin = 0.6 * (float(np.diff(self.levels).min()) if len(self.levels) > 1 else 1.0)
-        return number_axis(low - margin, high + margin)
+        whole = bool((self.levels == np.round(self.levels)).all())
+        return number_axis(low - margin, high + margin, whole=whole)
 
     def positions(self, values: np.ndarray) -> np.ndarray:
         """Values as numbers on the axis; NaN for what has no place there."""
@@ -90,11 +91,19 @@ class View:
         return (category_test if self.categorical else ks_test)(self.data, self.drawn)
 
     def difference(self) -> float:
-        """The largest difference in probability of any interval from below, or set of names."""
+        """The largest difference in probability of any interval from below, or set of names.
+
+        A missing cell is a name, and beside numbers an interval of its own.
+        """
+        gaps = [float(np.isnan(values).mean()) for values in (self.data, self.drawn)]
+        apart = abs(gaps[0] - gaps[1])
         if not self.categorical:
-            return self.test().statistic
-        a, b = (self.frequencies(values) for values in (self.data, self.drawn))
-        return 0.5 * float(np.abs(a - b).sum())
+            return float(np.fmax(self.test().statistic, apart))
+        a, b = (
+            self.frequencies(values) * (1 - gap)
+            for values, gap in zip((self.data, self.drawn), gaps, strict=True)
+        )
+        return 0.5 * (float(np.abs(a - b).sum()) + apart)
 
     def frequencies(self, values: np.ndarray) -> np.ndarray:
         """The shares of `codes` among the cells that are not missing."""
@@ -140,7 +149,8 @@ def look(name: str, kind: str, cells: Cells, data: np.ndarray, drawn: np.ndarray
         return dataclasses.replace(
             view, axis=log_axis(bottom / 1.1, float(shown.max()) * 1.1, name)
         )
-    return dataclasses.replace(view, axis=number_axis(low, high, name))
+    whole = cells.kind == "integer"
+    return dataclasses.replace(view, axis=number_axis(low, high, name, whole=whole))
 
 
 def limits(values: np.ndarray, reference: np.ndarray) -> tuple[float, float]:

@@ -354,13 +354,13 @@ def _to_arrow_like(table: Table, like: Any) -> Any:
     data = to_arrow(table)
     # Asking a stream for its type may use it up; pyarrow's own frames say it.
     kinds = {field.name: field.type for field in like.schema} if _package(like) else {}
-    for position, field in enumerate(data.schema):
-        kind = kinds.get(field.name, field.type)
+    columns = []
+    for name, column in zip(data.column_names, data.columns, strict=True):
         try:
-            column = data.column(position).cast(kind)
+            columns.append(column.cast(kinds.get(name, column.type)))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            continue
-        data = data.set_column(position, field.name, column)
+            columns.append(column)
+    data = pa.table(columns, names=data.column_names)
     if isinstance(like, pa.RecordBatch):
         return data.combine_chunks().to_batches()[0]
     return data

@@ -270,8 +270,9 @@ def _numeric(array: np.ndarray, name: str, path: Any) -> np.ndarray:
 def _spelt(data: Any) -> Any:
     """The columns of a pyarrow table as CSV shows them: levels as texts, dates with offsets."""
     pa, pc = arrow("compute")
-    for position, field in enumerate(data.schema):
-        column, kind = data.column(position), field.type
+    columns = []
+    for column in data.columns:
+        kind = column.type
         if pa.types.is_dictionary(kind):
             column = column.cast(kind.value_type)
         elif pa.types.is_timestamp(kind) and kind.tz not in (None, "UTC"):
@@ -284,8 +285,8 @@ def _spelt(data: Any) -> Any:
                 column = pc.strftime(column, format="%Y-%m-%dT%H:%M:%S%z")
             else:
                 column = column.cast(pa.timestamp(kind.unit, "UTC"))
-        data = data.set_column(position, field.name, column)
-    return data
+        columns.append(column)
+    return pa.table(columns, names=data.column_names)
 
 
 # ------------------------------------------------------------------------------------ helpers

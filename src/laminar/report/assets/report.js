@@ -84,12 +84,17 @@
       soft: css.getPropertyValue("--soft").trim(),
       rule: css.getPropertyValue("--rule").trim(),
       data: css.getPropertyValue("--data").trim(),
-      font: css.fontFamily || "sans-serif",
+      font: getComputedStyle(document.body).fontFamily,
     };
   };
 
-  const box = () => ({
-    left: 46,
+  /* Room for the widest tick that the upward column has at any step, so that nothing jumps. */
+  const widest = (pen, j) => {
+    pen.font = `12px ${ink.font}`;
+    return Math.max(...motion.ticks.flatMap((step) => step[j].map(([, t]) => pen.measureText(t).width)), 20);
+  };
+  const box = (pen, j) => ({
+    left: Math.round(widest(pen, j)) + 14,
     top: 12,
     right: canvas.clientWidth - 12,
     bottom: canvas.clientHeight - 40,
@@ -178,7 +183,7 @@
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
     const [i, j] = [Number(across.value), Number(upward.value)];
-    const area = box();
+    const area = box(pen, j);
     drawAxes(pen, area, i, j);
     pen.save();
     pen.beginPath();
