@@ -50,6 +50,8 @@ bench-smoke: $(VENV)/.run-ready
 	$(BIN)/python benchmarks/incremental.py $(BENCH)/incremental.jsonl --dims 2,8,43
 	$(BIN)/python benchmarks/errors.py $(BENCH)/errors.jsonl --depths 1
 	$(BIN)/python benchmarks/defaults.py $(BENCH)/defaults.jsonl --sizes 200 --splits 1
+	$(BIN)/python benchmarks/mixed.py $(BENCH)/mixed.jsonl --rows 500
+	$(BIN)/python benchmarks/ugly.py $(BENCH)/ugly.jsonl --only category
 	$(BIN)/python benchmarks/bsds300.py $(BENCH)/bsds300 --test-rows 10000
 	$(BIN)/python benchmarks/figure3.py $(BENCH)/figure3.jsonl --seeds 1 --steps 500 --targets U1 --flows planar
 	$(BIN)/python benchmarks/posteriordb.py $(BENCH)/posteriordb.jsonl --methods laminar,NUTS

@@ -307,7 +307,7 @@ def main():
         wanted = list(cells(args, masks))
     else:
         machine, data, wanted = _common.machine(), {}, []
-    asked = {"coverage": COVERAGE}
+    asked = {"level": COVERAGE}
     records, missing = _common.left_over(
         args,
         _common.read_lines(args.out),

@@ -63,7 +63,7 @@ def tables() -> dict[str, tuple[str, object]]:
             ".parquet",
             {"when": stamps.astype("datetime64[ns]"), "x": x[:, 0]},
         ),
-        "timestamps as whole numbers": (".parquet", {"when": stamps, "x": x[:, 0]}),
+        "timestamps in nanoseconds as whole numbers (refused)": (".parquet", {"when": stamps, "x": x[:, 0]}),
         "emoji, quotes and line breaks in names": (
             ".parquet",
             {name: _numbers(200, 6)[:, i] for i, name in enumerate(awkward)},
@@ -75,7 +75,7 @@ def tables() -> dict[str, tuple[str, object]]:
         "Latin-1": (".csv", _text(["größe", "süß"], x[:, :2], "latin-1")),
         "UTF-16": (".csv", _text(["größe", "süß"], x[:, :2], "utf-16")),
         "Windows line ends and a byte-order mark": (".csv", _text(names, x, "utf-8-sig", "\r\n")),
-        "mixed encodings": (
+        "mixed encodings (refused)": (
             ".csv",
             "größe,süß\n".encode() + _text(["é", "1"], x[:, :2], "latin-1"),
         ),
@@ -175,7 +175,7 @@ def report(records: list[dict]) -> str:
     for r in records:
         mark = " " if right(r["name"], r) else "!"
         time_ = f"{r['seconds']:5.0f} s" if "seconds" in r else "       "
-        lines.append(f"{mark} {r['name']:<42} {r['outcome']:<8} {time_}  {r['said'][:150]}")
+        lines.append(f"{mark} {r['name']:<52} {r['outcome']:<8} {time_}  {r['said'][:150]}")
     wrong = [r["name"] for r in records if not right(r["name"], r)]
     lines.append(f"{len(records) - len(wrong)} of {len(records)} as they should be")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 _LONG = (
+    "anomalies.md",
     "bijections.md",
     "check.md",
     "estimators.md",

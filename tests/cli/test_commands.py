@@ -130,6 +130,16 @@ def test_sample_gives_rows_that_can_be_scored(folder):
     assert report["rows"] == 180
 
 
+def test_a_model_that_fit_wrote_knows_what_is_strange(folder):
+    report = as_json("detect", folder / "m.laminar", folder / "t.csv", "--fdr", "0.5")
+    assert report["calibration_rows"] == 18
+    out = folder / "explained.csv"
+    laminar("score", folder / "m.laminar", folder / "t.csv", "-o", out, "--explain", "--top", "2")
+    scores = read_table(out)
+    assert scores.column("p_value").min() >= 1 / 19
+    assert {"score", "column_1", "excess_1"} <= set(scores.names)
+
+
 def test_info_and_data(folder):
     report = as_json("info", folder / "m.laminar")
     assert [column["name"] for column in report["columns"]] == ["height", "width", "unit", "count"]

@@ -7,6 +7,7 @@ import pytest
 
 import laminar
 from laminar.mixed import autoregressive_distribution
+from laminar.report.page import write_report
 from laminar.tables.cells import Cells
 from laminar.tables.model import TableFlow
 from laminar.tables.schema import learn_schema
@@ -33,7 +34,7 @@ def plain_table():
 @pytest.fixture(scope="session")
 def plain(plain_table):
     """A mixture of a Gaussian mixture and a flow of layers that bend, as `fit_density` gives."""
-    bends = [laminar.SinhArcsinh(0.3 * i, 1.0, shape=(3,)) for i in range(4)]
+    bends = [laminar.SinhArcsinh(skew, 1.0, shape=(3,)) for skew in (0.5, -0.3, 0.5, -0.3)]
     parts = [
         laminar.GaussianMixture(np.ones(2), np.array([[0.0, 0, 0], [1, 1, 1]])),
         laminar.Flow(laminar.Normal(3), laminar.Chain(bends)),
@@ -73,6 +74,23 @@ def mixed(mixed_table):
     assert schema.mixed
     flow = autoregressive_distribution(schema.laws, key=jr.key(0), width=16, depth=1)
     return TableFlow(flow, schema)
+
+
+def written(folder, model, table):
+    path = folder / "report.html"
+    return path, write_report(model, table, path, key=jr.key(0), meta=META)
+
+
+@pytest.fixture(scope="session")
+def plain_page(tmp_path_factory, plain, plain_table):
+    """The path of a page, and what was said of it."""
+    return written(tmp_path_factory.mktemp("plain"), plain, plain_table)
+
+
+@pytest.fixture(scope="session")
+def mixed_page(tmp_path_factory, mixed, mixed_table):
+    """The same of a mixed table."""
+    return written(tmp_path_factory.mktemp("mixed"), mixed, mixed_table)
 
 
 META = {

@@ -10,9 +10,11 @@ import pytest
 
 import laminar
 from laminar._errors import InputError
+from laminar.report.anomalies import anomalies
 from laminar.report.markup import content_hash
 from laminar.report.page import write_report
 from laminar.report.pictures import KINDS, write_pictures
+from laminar.report.strange import find_anomalies
 from laminar.report.study import study
 from laminar.tables.model import TableFlow
 from laminar.tables.schema import learn_schema
@@ -52,13 +54,9 @@ class Reader(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module", params=["plain", "mixed"])
-def page(request, tmp_path_factory):
+def page(request):
     """The text of a page, its elements, and what was said of it."""
-    model, table, meta = (
-        request.getfixturevalue(name) for name in (request.param, f"{request.param}_table", "meta")
-    )
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    numbers = write_report(model, table, path, key=KEY, meta=meta)
+    path, numbers = request.getfixturevalue(f"{request.param}_page")
     text = path.read_text(encoding="utf-8")
     assert numbers["bytes"] == len(text.encode()) < 3_000_000
     return text, Reader(text), numbers
@@ -134,7 +132,7 @@ def test_data_of_the_flow_are_in_the_page(page):
 def test_scores_and_training_are_told(page):
     _, parsed, _ = page
     text = "".join(parsed.texts)
-    assert "−3.21 ± 0.11" in text
+    assert "−3.21\u00a0±\u00a00.11" in text
     assert "0.79 more than a Gaussian" in text
     assert "kept after 30" in str(parsed.elements)
     assert "What the density consists of" in text
@@ -147,10 +145,10 @@ def test_strangest_rows_are_those_of_the_lowest_density(plain, plain_table, tmp_
     table = Table(plain_table.names, values)
     numbers = write_report(plain, table, tmp_path / "r.html", key=KEY)
     assert numbers["strangest"][:2] == [18, 100]
-    text = (tmp_path / "r.html").read_text()
-    row = text[text.index('<th scope="row">100</th>') :].split("</tr>")[0]
-    assert row.index("</script>") > 0 if "</script>" in row else "&lt;/script&gt;" in row
-    assert "<b>25</b>" in row
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    row = text[text.index('<th scope="row" class="n">100</th>') :].split("</tr>")[0]
+    # The cell that was changed comes first, under its hostile name.
+    assert row.index("&lt;/script&gt;") < row.index("<b>25</b>") < row.index("</li>")
 
 
 def test_held_out_rows_are_found_again():
@@ -160,6 +158,7 @@ def test_held_out_rows_are_found_again():
     model, report = laminar.fit_table(
         table, flow="realnvp", steps=3, batch_size=64, seed=4, progress=False
     )
+    assert model.calibration is not None
     found = study(model, table, KEY, report)
     assert found.unseen
     assert len(found.judged) == report["held_out_rows"]
@@ -169,6 +168,17 @@ def test_held_out_rows_are_found_again():
     assert len(other.judged) == 300
     unlike = study(model, table, KEY, {**report, "seed": 5})
     assert unlike.origin is None
+    # Fitted with a calibration, the model gives p-values too.
+    strange = find_anomalies(model, table, 4)
+    p = strange.p_values
+    assert p.shape == (300,)
+    assert ((p > 0) & (p <= 1)).all()
+    assert [entry.p_value for entry in strange.rows] == sorted(
+        entry.p_value for entry in strange.rows
+    )
+    words = "".join(Reader(anomalies(found, strange)).texts)
+    assert "exact for new rows" in words
+    assert "p-values of all rows" in words
 
 
 @pytest.mark.parametrize("kind", KINDS)

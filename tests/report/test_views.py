@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 
+from laminar.report.charts import histogram
 from laminar.report.views import cell_text, look
 from laminar.tables.cells import Cells
+from laminar.tables.columns import Column
 
 RNG = np.random.default_rng(0)
 
 
-def view(data, drawn=None, cells=None, kind="real"):
+def view(data, drawn=None, cells=None, kind="real", step=0.0):
     data = np.asarray(data, np.float64)
-    return look("x", kind, cells or Cells(), data, data if drawn is None else np.asarray(drawn))
+    column = Column("x", kind, 0.0, cells=cells or Cells(), step=step)
+    return look(column, data, data if drawn is None else np.asarray(drawn))
 
 
 def test_numbers_leave_outliers_outside():
@@ -77,3 +80,12 @@ def test_columns_with_little_in_them(values):
     own = view(values)
     assert own.axis.high > own.axis.low
     assert isinstance(own.middle(own.data), str)
+
+
+def test_whole_numbers_have_bars_of_as_many_values():
+    values = np.repeat(np.arange(100.0), 30)
+    own = view(values, None, Cells("integer"), "integer", step=1.0)
+    picture = histogram("x", "", own.axis, own.data, own.drawn, own.step)
+    heights = np.unique(np.round(picture.marks[-1].points[1:-1, 1], 6))
+    # One height for all whole intervals, one at most for each cut end.
+    assert len(heights) <= 3

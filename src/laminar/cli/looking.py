@@ -1,5 +1,6 @@
 """The commands that look and hand over: info, data and export."""
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,12 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
         header = read_header(model)
         flow = load_model(model)
     meta = header.meta
+    # The rows that the calibration keeps are no parameters.
+    size = sum(
+        math.prod(shape)
+        for name, (_, shape) in header.arrays.items()
+        if not name.startswith("calibration.")
+    )
     columns = [_column(column, "modelled") for column in flow.schema.columns]
     columns += [_column(column, "given") for column in flow.schema.given]
     if as_json:
@@ -39,14 +46,14 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
                 "equinox": header.equinox,
                 "format_version": header.format_version,
                 "created": header.created,
-                "parameters": header.size,
+                "parameters": size,
                 "columns": columns,
                 "fit": meta,
             }
         )
         return
     print(f"{model}: written {header.created} by laminar {header.laminar} (JAX {header.jax})")
-    for line in _history(meta, header.size):
+    for line in _history(meta, size):
         print(line)
     lines = [
         (

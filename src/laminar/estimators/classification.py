@@ -12,16 +12,15 @@ from laminar._errors import InputError
 from laminar.density import AbstractDistribution
 from laminar.distributions import MultivariateNormal
 from laminar.estimators.common import average, check_is_fitted, seed_of, weights_of
-from laminar.estimators.law import padded_length
 from laminar.estimators.rows import RowReader
 from laminar.tables.frames import to_frame
+from laminar.tables.model import cast, padded
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table, refuse_non_finite
 from laminar.train.density import DensityHistory, fit_density, refit
 from laminar.train.mixtures import log_sum, pooled_covariance
 
 _FEW = 20  # rows; classes with fewer get a normal law
-_MOST_PADDED = 4096
 _COOLEST, _HOTTEST = -1.5, 5.0  # bounds of the logarithm of the temperature
 _PRIOR_ROWS = 5.0  # that the penalty on the temperature is worth
 
@@ -279,11 +278,8 @@ class FlowClassifier(ClassifierMixin, RowReader):
         return self._class_log_prob(z) + np.log(self.priors_)
 
     def _class_log_prob(self, z: np.ndarray) -> np.ndarray:
-        rows = len(z)
-        length = padded_length(rows) if rows <= _MOST_PADDED else rows
-        padded = z[np.minimum(np.arange(length), rows - 1)]
-        each = [d.log_prob(jnp.asarray(padded, d.dtype)) for d in self.densities_]
-        return np.stack([np.asarray(log_p, np.float64)[:rows] for log_p in each], axis=1)
+        each = [density.log_prob(cast(padded(z), density)) for density in self.densities_]
+        return np.stack([np.asarray(log_p, np.float64)[: len(z)] for log_p in each], axis=1)
 
 
 def best_temperature(logits: np.ndarray, code: np.ndarray, weights: np.ndarray) -> float:

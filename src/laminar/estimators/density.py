@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.base import DensityMixin, TransformerMixin
 
 from laminar.estimators.common import average, check_is_fitted, seed_of
-from laminar.estimators.model import RowModel, padded
+from laminar.estimators.model import RowModel
 
 
 class FlowDensity(TransformerMixin, DensityMixin, RowModel):
@@ -86,8 +86,7 @@ class FlowDensity(TransformerMixin, DensityMixin, RowModel):
     def score_samples(self, X: Any) -> np.ndarray:
         """The log-density of each row in nats, float64 (N,); −inf outside the support."""
         check_is_fitted(self)
-        table, _ = self._read(X)
-        return self.model_.log_prob(padded(table))[: len(table)]
+        return self.model_.log_prob(self._read(X)[0])
 
     def score(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, X: Any, y: Any = None, sample_weight: Any = None

@@ -6,7 +6,6 @@ import jax.random as jr
 import numpy as np
 
 from laminar.estimators.common import kept, weights_of
-from laminar.estimators.law import padded_length
 from laminar.estimators.rows import RowReader, with_weights
 from laminar.tables.flow import MIN_ROWS, fit_table
 from laminar.tables.frames import to_frame
@@ -14,8 +13,6 @@ from laminar.tables.model import TableFlow
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table
 from laminar.train.density import fit_density
-
-_MOST_PADDED = 4096
 
 
 class RowModel(RowReader):
@@ -66,10 +63,3 @@ class RowModel(RowReader):
         """Rows drawn from the model, as the user has them."""
         drawn = self.model_.sample(jr.key(seed), n_samples)
         return drawn.values if self._like is None else to_frame(drawn, self._like)
-
-
-def padded(table: Table) -> Table:
-    """Rows repeated up to one of few lengths, so that few programs are compiled."""
-    if len(table) > _MOST_PADDED:
-        return table
-    return table.take(np.minimum(np.arange(padded_length(len(table))), len(table) - 1))

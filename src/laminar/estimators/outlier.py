@@ -8,7 +8,7 @@ from sklearn.base import OutlierMixin
 
 from laminar._errors import InputError
 from laminar.estimators.common import check_is_fitted, seed_of
-from laminar.estimators.model import RowModel, padded
+from laminar.estimators.model import RowModel
 from laminar.estimators.rows import with_weights
 from laminar.tables.anomaly import Detector, fit_detector
 from laminar.tables.table import Table
@@ -131,16 +131,14 @@ class FlowOutlier(OutlierMixin, RowModel):
                 f"FlowOutlier: p-values need at least {_LEAST_CALIBRATED} rows in fit, to hold "
                 "some out."
             )
-        table, _ = self._read(X)
-        return self.detector_.score(padded(table)).p_value[: len(table)]
+        return self.detector_.score(self._read(X)[0]).p_value
 
     def log_prob(self, X: Any) -> np.ndarray:
         """The log-density of each row in nats, (N,)."""
         check_is_fitted(self)
-        table, _ = self._read(X)
-        return self.model_.log_prob(padded(table))[: len(table)]
+        return self.model_.log_prob(self._read(X)[0])
 
     def _scores(self, table: Table) -> np.ndarray:
         if self.detector_ is None:
-            return self.model_.log_prob(padded(table))[: len(table)]
-        return self.detector_.score(padded(table)).score[: len(table)]
+            return self.model_.log_prob(table)
+        return self.detector_.score(table).score

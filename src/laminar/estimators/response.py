@@ -61,10 +61,10 @@ class Sizes:
 def sizes_for(rows: int) -> Sizes:
     """Sizes for a number of rows: wider and longer with more of them."""
     if rows < 1_000:
-        return Sizes(32, 1, 6, 1_000, 64, 1e-3, 3e-2)
+        return Sizes(32, 1, 6, 800, 64, 1e-3, 1.0)
     if rows < 5_000:
-        return Sizes(64, 2, 8, 2_400, 128, 2e-3, 1e-2)
-    return Sizes(128, 2, 16, 6_000 if rows < 25_000 else 10_000, 256, 1e-3, 3e-3, ema=0.998)
+        return Sizes(64, 2, 8, 2_000, 128, 1e-3, 1.0)
+    return Sizes(96, 2, 12, 3_000 if rows < 25_000 else 5_000, 256, 1.5e-3, 1.0, ema=0.998)
 
 
 class Fitted(NamedTuple):

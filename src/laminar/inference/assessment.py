@@ -24,7 +24,7 @@ from laminar.flow import Flow
 from laminar.inference.arviz import psis
 from laminar.inference.evaluate import approximate_log_prob, log_densities
 from laminar.inference.target import Target, in_words
-from laminar.inference.walk import Drift
+from laminar.inference.walk import Drift, lack_beyond
 from laminar.inference.warmstart import Gaussians, generator
 from laminar.mixtures import Mixture
 
@@ -40,6 +40,8 @@ USABLE_GAP = 0.05
 _TOLERATED_GAP = 0.01
 _CHUNK = 2_000
 _LEAST_MASS = math.log(0.005)
+_LEAST_UNSURE = -10.0
+"""Ln of the least share of the mass, where few draws tell it: they may miss most of it by nats."""
 _MISSED, _MOST_LACKING = 3.0, 50.0
 _TELLING = 10.0
 """Effective draws at a place below which they do not tell its mass."""
@@ -268,9 +270,11 @@ def missed(
     """Which of the normal laws found by optimisation hold mass that the approximation lacks.
 
     A law g_j is missed where by importance sampling from it there is more than a two-hundredth of
-    the mass, or so few of its draws count that the mass cannot be told, and there ln p̃ − ln q is on
-    average more than 3 above the log evidence.
+    the mass, or e^−10 of it where so few draws count that they may be far too low, and there
+    ln p̃ − ln q is on average more than 3 above the log evidence; and is so still at the end of
+    walks from there, which leave the tail of what the approximation covers, and stay in a mode.
     """
+    key, walk_key = jr.split(key)
     noise = generator(key).standard_normal((_PROBES, target.dim))
     draws = places.draw(noise)
     log_p = log_densities(target.log_density, draws.reshape(-1, target.dim), target.dtype)
@@ -292,10 +296,15 @@ def missed(
         lacking = np.minimum(log_p - log_q - log_evidence, _MOST_LACKING)
         unknown = np.where(failed, shares, 0).sum(1)
         excess = np.where((shares > 0) & ~failed, shares * lacking, 0).sum(1)
-        held = (mass - log_evidence > _LEAST_MASS) | (unsure & np.isfinite(mass))
+        least = np.where(unsure, _LEAST_UNSURE, _LEAST_MASS)
+        held = mass - log_evidence > least
         # Where most is unknown, so is whether it is covered.
-        lost = (unknown > 0.5) | (excess > _MISSED * (1 - unknown))
-        return Missed(np.flatnonzero(held & lost), int(failed.sum()))
+        lost = held & ((unknown > 0.5) | (excess > _MISSED * (1 - unknown)))
+    for i in np.flatnonzero(lost):
+        at = (draws[i], log_p[i], shares[i], places.factors[i], log_evidence)
+        beyond = lack_beyond(jr.fold_in(walk_key, int(i)), approximation, target, *at)
+        lost[i] = beyond > _MISSED
+    return Missed(np.flatnonzero(lost), int(failed.sum()))
 
 
 def judge(

@@ -17,6 +17,7 @@ from laminar.inference.target import Target
 from laminar.inference.warmstart import MOST_DENSE, generator
 
 _CHAINS, _STEPS = 1_024, 32
+_FEW_CHAINS, _MANY_STEPS = 128, 96
 _BEST = 2.38
 """Steps of this over √D deviations mix fastest (Roberts, Gelman & Gilks 1997)."""
 _GAIN, _SPREAD = 0.1, 0.1
@@ -83,25 +84,12 @@ def find_drift(
         return NO_DRIFT
     noise = generator(key)
     chosen = noise.choice(len(z), _CHAINS, p=weights / weights.sum())
-    start, height = z[chosen], log_p[chosen]
-    factor = _factor(z, weights)
-    dim = z.shape[1]
-    end, moves = start.copy(), 0
-    for _ in range(_STEPS):
-        steps = noise.standard_normal((_CHAINS, dim))
-        steps *= _BEST / math.sqrt(dim) * noise.choice([0.25, 1.0], (_CHAINS, 1))
-        new = end + (steps @ factor.T if factor.ndim == 2 else steps * factor)
-        new_height = log_densities(target.log_density, new, target.dtype)
-        # Comparisons with NaN are false, so a failure of the density is never walked into.
-        taken = np.log(noise.random(_CHAINS)) < new_height - height
-        end[taken], height[taken] = new[taken], new_height[taken]
-        moves += int(taken.sum())
+    start = z[chosen]
+    end, height, taken = _walk(noise, target, start, log_p[chosen], _factor(z, weights), _STEPS)
 
     def lacking(at: np.ndarray, log_p: np.ndarray) -> np.ndarray:
-        # Bounded, and the same function at both ends: its mean rises only where chains have gone.
-        # Where q has no density, or its inverse fails, there is as little of it as there can be.
-        ratio = log_p - approximate_log_prob(approximation, at) - log_evidence
-        return np.minimum(np.where(np.isnan(ratio), np.inf, ratio), _MOST_LACKING)
+        # The same function at both ends: its mean rises only where chains have gone.
+        return _lacking(approximation, at, log_p, log_evidence)
 
     change = lacking(end, height) - lacking(start, log_p[chosen])
     wide, width = end.std(0), start.std(0)
@@ -114,8 +102,71 @@ def find_drift(
         float(ratios[worst]),
         # Of the end beside the start, as if they were independent.
         float(np.sqrt(2 * max((u**4).mean() - 1, 0) / (4 * _CHAINS)) * ratios[worst]),
-        moves / (_CHAINS * _STEPS),
+        taken,
     )
+
+
+def lack_beyond(
+    key: PRNGKeyArray,
+    approximation: AbstractDistribution,
+    target: Target,
+    z: np.ndarray,
+    log_p: np.ndarray,
+    weights: np.ndarray,
+    factor: np.ndarray,
+    log_evidence: float,
+) -> float:
+    """The mean of ln p̃ − ln q − ln Z where walks from somewhere end, in nats.
+
+    A mode that an approximation has lost holds its chains. The tail of what it covers does not:
+    they soon are where there is more of the target, and where the approximation is.
+
+    Args:
+        key: Chooses the starts and makes the steps.
+        approximation: Its density is what the target's is compared with.
+        target: What the chains keep.
+        z: Points, ``(N, D)``.
+        log_p: The target's log density there, ``(N,)``.
+        weights: What starts are chosen by, ``(N,)``.
+        factor: Of the covariance of the steps, or deviations.
+        log_evidence: An estimate of ln ∫ p̃.
+    """
+    noise = generator(key)
+    chosen = noise.choice(len(z), _FEW_CHAINS, p=weights / weights.sum())
+    end, height, _ = _walk(noise, target, z[chosen], log_p[chosen], factor, _MANY_STEPS)
+    return float(_lacking(approximation, end, height, log_evidence).mean())
+
+
+def _walk(
+    noise: np.random.Generator,
+    target: Target,
+    start: np.ndarray,
+    log_p: np.ndarray,
+    factor: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Where Metropolis chains end, the log density there, and the share of steps taken."""
+    end, height = start.astype(np.float64), log_p.astype(np.float64)
+    chains, dim = end.shape
+    moves = 0
+    for _ in range(count):
+        steps = noise.standard_normal((chains, dim))
+        steps *= _BEST / math.sqrt(dim) * noise.choice([0.25, 1.0], (chains, 1))
+        new = end + (steps @ factor.T if factor.ndim == 2 else steps * factor)
+        new_height = log_densities(target.log_density, new, target.dtype)
+        # Comparisons with NaN are false, so a failure of the density is never walked into.
+        taken = np.log(noise.random(chains)) < new_height - height
+        end[taken], height[taken] = new[taken], new_height[taken]
+        moves += int(taken.sum())
+    return end, height, moves / (chains * count)
+
+
+def _lacking(
+    approximation: AbstractDistribution, at: np.ndarray, log_p: np.ndarray, log_evidence: float
+) -> np.ndarray:
+    """Ln p̃ − ln q − ln Z, bounded: without density, or where its inverse fails, all is lacking."""
+    ratio = log_p - approximate_log_prob(approximation, at) - log_evidence
+    return np.minimum(np.where(np.isnan(ratio), np.inf, ratio), _MOST_LACKING)
 
 
 def _factor(z: np.ndarray, weights: np.ndarray) -> np.ndarray:

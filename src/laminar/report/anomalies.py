@@ -21,7 +21,7 @@ def anomalies(study: Study, found: Anomalies) -> Markup:
     p_values = found.p_values
     scored = p_values is not None
     finite = [c.surprise for entry in found.rows for c in entry.causes if np.isfinite(c.surprise)]
-    largest = max(finite, default=0.0)
+    largest = max(finite, default=1.0)
     heads = ["row", "log density", *(["p"] if scored else []), "what makes it strange"]
     rows = []
     for entry in found.rows:
@@ -59,6 +59,11 @@ def _anomaly_words(study: Study, found: Anomalies) -> list[str]:
             "p is the share of rows, held out from the fit, that are as strange.",
             f"A list of which at most 5% are expected to be false has {found.listed:,} rows.",
         ]
+        if study.origin is not None:
+            words.append(
+                "The model was fitted to most of these rows, which look less strange to it than "
+                "new rows would: p-values are exact for new rows."
+            )
     if found.outside:
         words.append(
             f"{found.outside:,} rows lie outside the support of the model: it holds them to be "

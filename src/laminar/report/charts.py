@@ -3,6 +3,7 @@
 Blue, filled, is the data; orange, a line, is what the model says; grey is what chance would give.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,11 +95,21 @@ def _plain(high: float, low: float = 0.0) -> Axis:
 # ------------------------------------------------------------------------------------- marginals
 
 
-def histogram(title: str, summary: str, axis: Axis, data: np.ndarray, drawn: np.ndarray) -> Panel:
-    """Densities of one column on an axis: the data's filled, the samples' a line."""
+def histogram(
+    title: str, summary: str, axis: Axis, data: np.ndarray, drawn: np.ndarray, step: float = 0.0
+) -> Panel:
+    """Densities of one column on an axis: the data's filled, the samples' a line.
+
+    Where values lie on a grid of some step, every interval holds as many of its points.
+    """
     panel = Panel(title, summary)
-    bins = _bins(axis, data)
-    edges = axis.edges(bins)
+    edges = axis.edges(_bins(axis, data))
+    if step > 0 and not axis.log and len(data):
+        width = step * max(1.0, np.ceil((edges[1] - edges[0]) / step))
+        first = float(data[0]) - step / 2
+        low, high = (np.floor((end - first) / width) for end in (axis.low, axis.high))
+        edges = first + width * np.arange(low, high + 2)
+        axis = dataclasses.replace(axis, low=float(edges[0]), high=float(edges[-1]))
     heights = [_density(axis, values, edges) for values in (data, drawn)]
     frame = Frame(panel, axis, _plain(1.08 * max(h.max() for h in heights)), left=8.0)
     (blue, orange), corners = heights, np.repeat(edges, 2)
@@ -178,8 +189,8 @@ def cloud(
     panel.add(Label(0, 34, cut(f"↑ {y.label}", 46), "start", "faint"))
     inside = ((shares >= 0) & (shares <= 1)).all(axis=1)
     kept = shares[inside]
-    radius = float(np.clip(26.0 / np.sqrt(max(len(kept), 1)), 0.8, 2.2))
-    opacity = float(np.clip(500.0 / max(len(kept), 1), 0.4, 0.8))
+    radius = float(np.clip(45.0 / np.sqrt(max(len(kept), 1)), 1.1, 2.4))
+    opacity = float(np.clip(600.0 / max(len(kept), 1), 0.5, 0.85))
     panel.add(Dots(frame.inside(kept), role, radius, opacity))
     return panel
 

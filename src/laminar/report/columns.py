@@ -75,7 +75,7 @@ def marginal(view: View) -> Panel:
             for values in (data, drawn)
         )
         return charts.columns_of_counts(title, summary, view.count_axis(), levels, *shares)
-    return charts.histogram(title, summary, view.bare_axis(), data, drawn)
+    return charts.histogram(title, summary, view.bare_axis(), data, drawn, view.step)
 
 
 def _below(view: View) -> str:

@@ -164,14 +164,16 @@ def follow(
     names, stages, log_q, values = walked
     shown = [views[d] for d in kept]
     axes, points = [], []
-    seed = int(rng.integers(2**31))
-    for stage in stages:
+    ends = [v.axis.share(v.spread(values[v.name], rng)) for v in shown]
+    for k, stage in enumerate(stages):
+        # Names have no other units: they are where they will be as soon as they are drawn.
+        named = [model.schema.mixed and k > 0 and view.categorical for view in shown]
         own = [number_axis(*limits(stage[:, d], stage[:, d])) for d in kept]
-        axes.append(own)
-        points.append([axis.share(stage[:, d]) for axis, d in zip(own, kept, strict=True)])
-    rng = np.random.default_rng(seed)
+        shares = [axis.share(stage[:, d]) for axis, d in zip(own, kept, strict=True)]
+        axes.append([v.axis if n else a for v, n, a in zip(shown, named, own, strict=True)])
+        points.append([e if n else s for e, n, s in zip(ends, named, shares, strict=True)])
     axes.append([view.axis for view in shown])
-    points.append([v.axis.share(v.spread(values[v.name], rng)) for v in shown])
+    points.append(ends)
     return Motion(
         shown, names, axes, np.array(points), np.array(log_q), share, len(columns) - len(kept)
     )
@@ -220,21 +222,20 @@ def _mixed(model: TableFlow, dist: Any, key: PRNGKeyArray, count: int, given: An
     rng = np.random.default_rng(np.asarray(jr.key_data(key)))
     u = np.clip(latent_uniforms(base, drawn, given, rng), 1e-6, 1 - 1e-6)
     noise = np.log(u) - np.log1p(-u)
-    value, state = events[:, 0], events[:, 1]
-    laws = np.array([law.value is not None for law in model.schema.laws])
-    at = np.where(laws & (state == 0), value, state + rng.uniform(-0.3, 0.3, state.shape))
     log_q = np.asarray(base.log_prob(drawn, given), np.float64)
     rows = model.schema.decode(events)
     _, terms = model.schema.encode(rows)
+    values = dict(zip(model.schema.names, rows.T, strict=True))
+    at = [column.standardise(values[column.name]) for column in model.schema.modelled]
     return (
         [
             "the base, one logistic variable for each column",
             "the columns, drawn in turn, each given those before it",
             "the rows, in the table's units",
         ],
-        [noise, at],
+        [noise, np.stack(at, axis=1)],
         [(-noise - 2 * np.log1p(np.exp(-noise))).sum(1), log_q, log_q + terms],
-        dict(zip(model.schema.names, rows.T, strict=True)),
+        values,
     )
 
 

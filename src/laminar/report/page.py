@@ -14,7 +14,7 @@ from laminar._files import PathLike, atomic_write
 from laminar._typing import PRNGKeyArray
 from laminar._version import __version__
 from laminar.report import anomalies, charts, columns, reliability, stage
-from laminar.report.axes import short_number
+from laminar.report.axes import minus, short_number
 from laminar.report.charts import Curve, Interval
 from laminar.report.markup import Markup, content_hash, data_element, raw_element, tag
 from laminar.report.motion import Motion
@@ -208,7 +208,7 @@ def _score_words(scores: list[tuple[str, dict[str, Any]]]) -> Markup | None:
         f"{_score(own)} nats in the table's units"
     )
     others = [
-        f"{short_number(own['log_density'] - entry['log_density'], 3)} "
+        f"{short_number(own['log_density'] - entry['log_density'], 2)} "
         f"{'more' if own['log_density'] >= entry['log_density'] else 'less'} than {name}"
         for name, entry in scores[1:]
     ]
@@ -221,7 +221,7 @@ def _score(entry: dict[str, Any]) -> str:
     """A mean with its standard error, to the digits that the error leaves."""
     error = entry["error"]
     digits = 3 if not error else int(np.clip(1 - np.floor(np.log10(error)), 0, 4))
-    return f"{entry['log_density']:,.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+    return minus(f"{entry['log_density']:,.{digits}f}\u00a0±\u00a0{error:.{digits}f}")
 
 
 def _facts(found: Study) -> Markup:
@@ -233,7 +233,7 @@ def _facts(found: Study) -> Markup:
     ]
     held = meta.get("held_out")
     if isinstance(held, dict) and isinstance(held.get("log_density"), float):
-        mean, error = _score(held).split(" ± ")
+        mean, error = _score(held).split("\u00a0±\u00a0")
         facts.append(("Held-out log density", mean, f"± {error} nats a row"))
     if isinstance(meta.get("seconds"), float):
         facts.append(("Time to fit", f"{meta['seconds']:,.1f} s", None))

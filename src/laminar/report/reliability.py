@@ -97,11 +97,7 @@ def _latents(latent: Transforms | None) -> list[object]:
             verdict(clear, count, "latent variables"),
         ),
         legend(("data", "rows, relative to their expected number"), ("band", "what chance gives")),
-        tag(
-            "div",
-            *(figure(latent_chart(latent, int(d)), _distance(latent, int(d))) for d in order),
-            class_="charts",
-        ),
+        tag("div", *(_latent(latent, int(d)) for d in order), class_="charts"),
         tag(
             "details",
             tag("summary", "All latent variables in numbers"),

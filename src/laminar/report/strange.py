@@ -73,10 +73,10 @@ def find_anomalies(model: TableFlow, table: Table, count: int) -> Anomalies:
     With a calibration they are those of the lowest default score (`laminar.tables.anomaly`), with
     conformal p-values; without one those of the lowest log-density.
     """
-    if getattr(model, "calibration", None) is None:
+    if model.calibration is None:
         log_p = model.log_prob(table)
         order = _lowest(log_p, count)
-        causes = _causes(model, table.take(order), table)
+        causes = _causes(model, table, order)
         p = np.full(len(order), np.nan)
         p_values = listed = None
     else:
@@ -90,9 +90,11 @@ def find_anomalies(model: TableFlow, table: Table, count: int) -> Anomalies:
             for i, reasons in enumerate(detector.explain(chosen, _CAUSES))
         ]
         p = p_values[order]
+    # The detector's own model may be an earlier fit; what is shown is what the model says.
+    shown = model.log_prob(table.take(order)) if len(order) else log_p[order]
     rows = [
-        Strange(int(table.rows[at]), float(log_p[at]), None if np.isnan(q) else float(q), own)
-        for at, q, own in zip(order, p, causes, strict=True)
+        Strange(int(table.rows[at]), float(own), None if np.isnan(q) else float(q), why)
+        for at, own, q, why in zip(order, shown, p, causes, strict=True)
     ]
     return Anomalies(
         rows,
@@ -109,19 +111,21 @@ def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
     return there[np.argsort(scores[there], kind="stable")[:count]]
 
 
-def _causes(model: TableFlow, rows: Table, table: Table) -> list[list[Cause]]:
-    """The cells that make rows strange beside others of their table."""
+def _causes(model: TableFlow, table: Table, strange: np.ndarray) -> list[list[Cause]]:
+    """The cells that make rows at some positions strange beside others of their table."""
     rng = np.random.default_rng(0)
     most = int(np.clip(_EVALUATIONS // (NODES * len(model.schema.columns)), 20, 200))
-    known = table.take(np.sort(rng.permutation(len(table))[:_MOST_KNOWN]))
-    usual = conditionals(model, known.take(np.arange(min(most, len(known)))), known)
-    found = conditionals(model, rows, known)
+    known = rng.permutation(len(table))[:_MOST_KNOWN]
+    # One call for both, so that what it compiles serves both.
+    chosen = np.concatenate([strange, known[:most]])
+    found = conditionals(model, table.take(chosen), table.take(known))
+    own, usual = found.log_p[: len(strange)], found.log_p[len(strange) :]
     with np.errstate(invalid="ignore"):
-        surprise = _median(usual.log_p) - found.log_p
-    causes = []
-    for i, own in enumerate(surprise):
-        order = np.argsort(-np.nan_to_num(own, nan=-np.inf, posinf=1e300))[:_CAUSES]
-        names = [(found.names[d], float(own[d])) for d in order if own[d] > 0]
+        surprise = _median(usual) - own
+    rows, causes = table.take(strange), []
+    for i, nats in enumerate(surprise):
+        order = np.argsort(-np.nan_to_num(nats, nan=-np.inf, posinf=1e300))[:_CAUSES]
+        names = [(found.names[d], float(nats[d])) for d in order if nats[d] > 0]
         causes.append([Cause(name, _text(rows, i, name), value) for name, value in names])
     return causes
 

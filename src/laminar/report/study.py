@@ -20,6 +20,7 @@ from laminar.report.dependence import dependent_pairs
 from laminar.report.motion import Motion, follow
 from laminar.report.origin import Origin, find_origin
 from laminar.report.views import View, look
+from laminar.tables.columns import Column
 from laminar.tables.model import TableFlow, cast
 from laminar.tables.table import Table
 
@@ -133,16 +134,12 @@ def study(
         drawn = model.sample(sample_key, 1, rows.take(picked).select(schema.given_names))
     else:
         drawn = model.sample(sample_key, count)
-    kinds = {column.name: column.kind for column in (*schema.modelled, *schema.given)}
 
-    def views(names: list[str]) -> list[View]:
-        return [
-            look(name, kinds[name], schema.cells[name], rows.column(name), drawn.column(name))
-            for name in names
-        ]
+    def views(columns: tuple[Column, ...]) -> list[View]:
+        return [look(c, rows.column(c.name), drawn.column(c.name)) for c in columns]
 
-    shown = [column.name for column in schema.modelled]
-    names = [name for name in schema.order if name in kinds]
+    shown = {column.name for column in (*schema.modelled, *schema.given)}
+    names = [name for name in schema.order if name in shown]
     rng = np.random.default_rng(np.asarray(jr.key_data(row_key)))
     found = dependent_pairs(rows.select(names).values, _PAIRS, rng) if len(names) > 1 else []
     return Study(
@@ -155,8 +152,8 @@ def study(
         drawn=drawn,
         log_p=model.log_prob(judged),
         drawn_log_p=model.log_prob(drawn),
-        views=views(shown),
-        given=views([column.name for column in schema.given]),
+        views=views(schema.modelled),
+        given=views(schema.given),
         pairs=[(names[i], names[j], strength) for i, j, strength in found],
     )
 

@@ -17,6 +17,7 @@ from laminar.report.axes import (
 )
 from laminar.scores.twosample import TwoSample, category_test, ks_test
 from laminar.tables.cells import UNSEEN, Cells
+from laminar.tables.columns import Column
 
 _TRIM = 0.005  # share of the values left outside the axis on each side
 _SKEWED = 30.0  # the upper end over the median from where on ratios are shown
@@ -35,6 +36,7 @@ class View:
         drawn: Its values in the samples, (M,).
         codes: The values of a category, one for each bar; empty where it has none.
         axis: On which values stand, those of a category as the position among `codes`.
+        step: Of the grid that its values lie on, or zero.
     """
 
     name: str
@@ -44,6 +46,7 @@ class View:
     drawn: np.ndarray
     codes: np.ndarray
     axis: Axis
+    step: float = 0.0
 
     @property
     def categorical(self) -> bool:
@@ -129,9 +132,11 @@ class View:
         return f"Missing: {percent(a)} of the rows, {percent(b)} of the samples." if a + b else ""
 
 
-def look(name: str, kind: str, cells: Cells, data: np.ndarray, drawn: np.ndarray) -> View:
+def look(column: Column, data: np.ndarray, drawn: np.ndarray) -> View:
     """The view of a column, with an axis that holds nearly all of it."""
-    view = View(name, kind, cells, data, drawn, np.zeros(0), number_axis(0.0, 1.0, name))
+    name, cells = column.name, column.cells
+    axis = number_axis(0.0, 1.0, name)
+    view = View(name, column.kind, cells, data, drawn, np.zeros(0), axis, column.step)
     both = np.concatenate([data, drawn])
     both = both[np.isfinite(both)]
     if cells.kind in ("text", "boolean"):

@@ -48,7 +48,8 @@ class RowScores(NamedTuple):
             the parts of a mixture; NaN where the model has no latent space with a normal base.
         contrast: ln p(x) − ln p₀(x), p₀ a Gaussian of twice the table's width; NaN where
             columns are given.
-        neighbours: Minus the distance to the nearest training rows; NaN where columns are given.
+        neighbours: Minus the distance to the nearest training row, in a metric in which all columns
+            weigh the same; NaN where columns are given.
         score: The default; see `Calibration.score`.
         p_value: The conformal p-value of the default score.
     """
@@ -237,10 +238,12 @@ class Detector(eqx.Module):
             For each row its columns, only those with a positive excess.
         """
         known = self.calibration
+        if not len(rows):
+            return []
         found = conditionals(self.model, rows, known.table)
         usual = self._usual(len(found.names))
         with np.errstate(invalid="ignore"):
-            excess = np.nanmedian(usual.log_p, axis=0) - found.log_p
+            excess = _medians(usual.log_p) - found.log_p
         p = np.stack(
             [
                 conformal_p_values(own, _told(known_d))
@@ -306,6 +309,12 @@ def fit_detector(
     model = TableFlow(model.flow, model.schema)
     found = calibrate(model, train, table.take(held), seed=seed)
     return Detector(model, found), {**report, "calibration_rows": len(found.scores)}
+
+
+def _medians(log_p: np.ndarray) -> np.ndarray:
+    """The median of each column, what is NaN left out; NaN where there is nothing else."""
+    told = [own[~np.isnan(own)] for own in log_p.T]
+    return np.array([np.median(own) if len(own) else np.nan for own in told])
 
 
 def _told(log_p: np.ndarray) -> np.ndarray:

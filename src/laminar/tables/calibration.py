@@ -20,13 +20,16 @@ from laminar.train.mixtures import pooled_covariance
 MOST_POINTS = 10_000
 """Training rows that distances are measured to, at most."""
 
+MOST_SCORES = 10_000
+"""Calibration rows that are scored, at most."""
+
 MOST_ROWS = 1_000
 """Calibration rows that are kept as they are, at most."""
 
 _MOST_NUMBERS = 2_000_000  # that either of these holds: wide tables keep fewer rows
 _LEAST_ROWS = 200
 _WIDE = 256  # columns from which on the background is taken to be independent in them
-_NEIGHBOUR = 5
+_OPINIONS = (0.25, 0.75)  # what the log-density and the distance weigh in the default score
 _WIDER = 2.0  # how many times as wide as the table the background is
 
 
@@ -109,16 +112,35 @@ class Calibration(eqx.Module):
         return self.background.log_prob(self.metric(rows))
 
     def score(self, log_p: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        r"""The default score, low where a row is strange."""
+        r"""The default score, low where a row is strange.
+
+            S(x) = ¼ (ln p(x) − m_p) / s_p − ¾ (δ(x) − m_δ) / s_δ
+
+        δ is the distance to the nearest training row, m and s are the median and the spread (by
+        quartiles) of either over training rows, each of which leaves itself out of δ. The two
+        fail in different places. A density knows the shape of the whole table, and is misled by
+        ties, by columns without information and by few rows; the nearest row needs none of that,
+        and is lost where density varies along the table or most of many columns are noise. The
+        weights are those that did best on one half of the tables of `benchmarks/adbench.py`. Where
+        columns are given there is no distance, and the score is ln p alone.
+
+        Args:
+            log_p: Log-densities (N,).
+            distance: From `distance`, (N,).
+
+        Returns:
+            (N,); −inf where ln p is −inf, NaN where it is NaN.
+        """
         return combine(log_p, distance, self.scale)
 
 
 def combine(log_p: np.ndarray, distance: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """PLACEHOLDER until studied."""
+    """`Calibration.score` with location and spread of both, (4,); without distances, ln p."""
     if np.isnan(distance).all():
         return log_p
-    with np.errstate(invalid="ignore"):
-        return 0.5 * ((log_p - scale[0]) / scale[1] - (distance - scale[2]) / scale[3])
+    ours, theirs = _OPINIONS
+    density, near = (log_p - scale[0]) / scale[1], (distance - scale[2]) / scale[3]
+    return ours * density - theirs * near
 
 
 def calibrate(
@@ -127,7 +149,6 @@ def calibrate(
     held: Table,
     *,
     seed: int = 0,
-    flow: AbstractDistribution | None = None,
 ) -> Calibration:
     """Make the calibration of a model.
 
@@ -136,7 +157,6 @@ def calibrate(
         train: Rows that it was fitted to.
         held: The calibration rows, which it has not seen.
         seed: Of the choice of the rows that are kept.
-        flow: The model's flow, to be kept beside another that replaces it.
 
     Returns:
         The calibration.
@@ -144,6 +164,7 @@ def calibrate(
     schema, rng = model.schema, np.random.default_rng([seed, 5])
     names = (*schema.names, *schema.given_names)
     train, held = (table.select(names).align(schema.cells) for table in (train, held))
+    held = held.take(_some(len(held), MOST_SCORES, rng))
     metric, background, points = None, None, np.zeros((0, 0), np.float32)
     log_p, distance = model.log_prob(held), np.full(len(held), np.nan)
     some = train.take(_some(len(train), _most(MOST_POINTS, names), rng))
@@ -154,13 +175,12 @@ def calibrate(
         metric = learn_metric(train, kept)
         points = metric(some).astype(np.float32)
         background = _background(metric(train))
-        near = min(_NEIGHBOUR, len(points) - 1)
-        own = nearest_distances(points, points, near, own=True)
+        own = nearest_distances(points, points, own=True)
         distance = _distance(metric, points, held)
     scale = np.array([*_middle(fitted), *_middle(own)])
     scores = combine(log_p, distance, scale)
     return Calibration(
-        flow,
+        None,
         metric,
         points,
         background,
@@ -176,7 +196,7 @@ def calibrate(
 def _distance(metric: Metric, points: np.ndarray, rows: Table) -> np.ndarray:
     # In the precision of the points kept, so that equal rows are at distance zero.
     own = metric(rows).astype(points.dtype)
-    return nearest_distances(own, points, min(_NEIGHBOUR, len(points)))
+    return nearest_distances(own, points)
 
 
 def _background(points: np.ndarray) -> Background:

@@ -19,6 +19,7 @@ from laminar.mixed import ColumnLaw, autoregressive_distribution
 from laminar.objectives import Batch, WithheldNLL, nll
 from laminar.preset import preset
 from laminar.tables.baselines import Rows, gaussian, independent
+from laminar.tables.calibration import calibrate
 from laminar.tables.model import TableFlow, cast
 from laminar.tables.schema import Schema, dependent, learn_schema
 from laminar.tables.table import Table
@@ -146,10 +147,7 @@ def fit_table(
         "training": trained.report,
         "notes": data.notes,
     }
-    if trained.refit is not None:
-        # Without networks it is quick to use the held-out rows too, and where rows are few it pays.
-        everything = data.part(np.arange(len(data.table)), noisy=True)
-        model = TableFlow(trained.refit(everything), schema)
+    model = _calibrated(model, trained, data, seed)
     return model, {**report, "seconds": round(time.monotonic() - begun, 3)}
 
 
@@ -208,7 +206,7 @@ def _prepare(
     train, held = split(len(table), validation, rng)
     schema = learn_schema(table, given, train, kinds, partial)
     z, terms = schema.encode(table.select(schema.names).values)
-    notes = schema.notes()
+    notes = [*table.notes, *schema.notes()]
     notes += [
         f"Column {schema.modelled[i].name!r} is a linear function of other columns, so that the "
         f"density is unbounded; leave it out."
@@ -217,6 +215,20 @@ def _prepare(
     noisy = z if schema.mixed else z + schema.noise * rng.uniform(-0.5, 0.5, z.shape)
     conditions = schema.condition(table.select(given).values) if given else None
     return _Data(table, schema, z, terms, noisy, conditions, w, train, held, notes)
+
+
+def _calibrated(model: TableFlow, trained: "Trained", data: _Data, seed: int) -> TableFlow:
+    """The model with its calibration, fitted once more to all rows where that is quick.
+
+    The calibration is of the first fit, which the rows that were held out are new to.
+    """
+    train, held = (data.table.take(part) for part in (data.train, data.held))
+    known = calibrate(model, train, held, seed=seed)
+    if trained.refit is None:
+        return TableFlow(trained.flow, data.schema, known)
+    # Where rows are few, it pays to use those that were held out too.
+    again = trained.refit(data.part(np.arange(len(data.table)), noisy=True))
+    return TableFlow(again, data.schema, dataclasses.replace(known, flow=trained.flow))
 
 
 def _baseline(data: _Data) -> dict[str, Any]:

@@ -64,8 +64,10 @@ def _parts(dist: AbstractDistribution | Frozen, x: Array) -> tuple[np.ndarray, n
     if isinstance(dist, Flow):
         z = dist.to_latent(x)
         log_joint, squares = _parts(dist._base, z)
-        shift = _host(dist.log_prob(x)) - _host(dist._base.log_prob(z))
-        return log_joint + shift[:, None], squares
+        with np.errstate(invalid="ignore"):
+            shift = _host(dist.log_prob(x)) - _host(dist._base.log_prob(z))
+        # Both are −inf far out, and then nothing is known of the shift, nor does it matter.
+        return log_joint + np.nan_to_num(shift, nan=0.0)[:, None], squares
     if isinstance(dist, Mixture) and isinstance(dist.components, tuple):
         found = [_parts(part, x) for part in dist.components]
         log_weights = np.log(_host(dist.weights))

@@ -13,6 +13,7 @@ from laminar._errors import InputError
 from laminar._typing import Array, PRNGKeyArray
 from laminar.density import AbstractDistribution
 from laminar.mixed import WITHHELD, AutoregressiveDistribution
+from laminar.tables.calibration import Calibration
 from laminar.tables.cells import CellError, Cells
 from laminar.tables.schema import Schema
 from laminar.tables.table import (
@@ -29,6 +30,7 @@ Given = Table | Mapping[str, Any] | np.ndarray | None
 PARTICLES = 256
 """Draws of the missing cells of a row from which those that are given out are chosen."""
 
+_LEAST_PADDED, _MOST_PADDED = 32, 4096
 _MOST_PARTICLES = 200_000  # at once, so that memory stays bounded
 
 
@@ -42,10 +44,13 @@ class TableFlow(eqx.Module):
         flow: A distribution of events of the schema's shape, with conditions (c,) where columns
             are given.
         schema: The columns.
+        calibration: Scores of rows that were held out, by which strange rows are told: see
+            `laminar.tables.anomaly.Detector`.
     """
 
     flow: AbstractDistribution
     schema: Schema = eqx.field(static=True)
+    calibration: Calibration | None = None
 
     def __check_init__(self):
         shape = self.schema.shape
@@ -80,7 +85,8 @@ class TableFlow(eqx.Module):
                 what its column is.
         """
         events, condition, terms = self._encoded(rows, given)
-        log_p = np.asarray(self.flow.log_prob(cast(events, self.flow), cast(condition, self.flow)))
+        parts = (cast(padded(part), self.flow) for part in (events, condition))
+        log_p = np.asarray(self.flow.log_prob(*parts))[: len(terms)]
         # Rows outside the support were moved inside it, so what the flow says of them is finite.
         return np.where(np.isneginf(terms), -np.inf, log_p.astype(np.float64) + terms)
 
@@ -187,8 +193,9 @@ class TableFlow(eqx.Module):
     def _encoded(self, rows, given) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Events, conditions, and the log-density's terms of the units."""
         values, condition = self._split(rows, given)
-        if isinstance(rows, Table) and not self.schema.mixed and np.isnan(values).any():
-            refuse_non_finite(Table(self.schema.names, values, rows.source, rows=rows.rows))
+        if isinstance(rows, Table) and not self.schema.mixed:
+            table = Table(self.schema.names, values, rows.source, rows=rows.rows)
+            refuse_non_finite(table.select([column.name for column in self.schema.modelled]))
         events, terms = self.schema.encode(values)
         return events, condition, terms
 
@@ -334,6 +341,14 @@ class TableFlow(eqx.Module):
                 f"There are {rows} rows and {len(values)} conditions; give one for each row."
             )
         return values
+
+
+def padded(rows: np.ndarray | None) -> np.ndarray | None:
+    """Few rows repeated up to a power of two: few lengths, so that few programs are compiled."""
+    if rows is None or not 0 < len(rows) <= _MOST_PADDED:
+        return rows
+    length = max(_LEAST_PADDED, 1 << (len(rows) - 1).bit_length())
+    return rows[np.minimum(np.arange(length), len(rows) - 1)]
 
 
 def cast(values: np.ndarray | None, flow: AbstractDistribution) -> Any:

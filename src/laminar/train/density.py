@@ -43,6 +43,7 @@ from laminar.train.source import ArraySource, MappedSource
 from laminar.train.table import Table, host_seed, make_table
 
 _NOTICED = 0.1
+_MOST_DOUBLED = 1_024  # components up to which a program may take twice as many as there are
 
 
 @dataclasses.dataclass
@@ -464,7 +465,9 @@ def _padded(array: np.ndarray, *, weights: bool = False) -> np.ndarray:
 
     Fits of like tables then have like shapes, and share their compiled programs.
     """
-    length = next(n for k in range(2, 64) for n in (2**k, 3 * 2 ** (k - 1)) if n >= len(array))
+    length = max(4, 1 << (len(array) - 1).bit_length())
+    if length > _MOST_DOUBLED and len(array) <= 3 * length // 4:
+        length = 3 * length // 4
     extra = np.repeat(array[:1], length - len(array), axis=0)
     return np.concatenate([array, 0 * extra if weights else extra])
 
