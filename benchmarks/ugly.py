@@ -63,7 +63,10 @@ def tables() -> dict[str, tuple[str, object]]:
             ".parquet",
             {"when": stamps.astype("datetime64[ns]"), "x": x[:, 0]},
         ),
-        "timestamps in nanoseconds as whole numbers (refused)": (".parquet", {"when": stamps, "x": x[:, 0]}),
+        "nanoseconds as whole numbers (refused)": (
+            ".parquet",
+            {"when": stamps, "x": x[:, 0]},
+        ),
         "emoji, quotes and line breaks in names": (
             ".parquet",
             {name: _numbers(200, 6)[:, i] for i, name in enumerate(awkward)},

@@ -385,3 +385,13 @@ def test_files_of_every_version_load_for_ever(file):
 
 def test_there_is_a_golden_file():
     assert GOLDEN
+
+
+def test_bytes_are_those_of_the_file(tmp_path):
+    flow = laminar.nsf(2, key=jr.key(0), layers=1, width=8)
+    data = laminar.io.to_bytes(flow)
+    (tmp_path / "flow.laminar").write_bytes(data)
+    for again in (laminar.io.from_bytes(data), laminar.load(tmp_path / "flow.laminar")):
+        np.testing.assert_array_equal(again.log_prob(np.ones(2)), flow.log_prob(np.ones(2)))
+    with pytest.raises(laminar.ModelFileError, match="the model"):
+        laminar.io.from_bytes(data[:-3])

@@ -104,6 +104,13 @@ def test_outliers_are_below_the_offset(rows):
         model.decision_function(rows), model.score_samples(rows) - model.offset_
     )
     assert model.predict([[3.0, 3.0], [9.0, -3.0]]).tolist() == [1, -1]
+    p = model.p_values([[3.0, 3.0], [9.0, -3.0]])
+    assert p[0] > 0.2 > 0.1 > p[1] > 0
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301
+    np.testing.assert_array_equal(again.score_samples(rows), model.score_samples(rows))
+    few = FlowOutlier(random_state=0).fit(rows[:12])
+    with pytest.raises(InputError, match="at least 30 rows"):
+        few.p_values(rows)
     with pytest.raises(InputError, match="contamination"):
         FlowOutlier(contamination=0.7).fit(rows)
 

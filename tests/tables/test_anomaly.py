@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 from scipy.special import logsumexp
@@ -16,6 +17,7 @@ from laminar.bijections.base import AbstractBijection, Identity
 from laminar.bijections.elementwise import Affine
 from laminar.distributions import MultivariateNormal, Normal, StudentT
 from laminar.flow import Flow
+from laminar.mixed import autoregressive_distribution
 from laminar.mixtures import GaussianMixture, IsotropicMixture, Mixture
 from laminar.tables import anomaly as anomaly_module
 from laminar.tables import flow as flow_module
@@ -153,6 +155,41 @@ def test_a_model_fitted_again_keeps_the_flow_that_was_calibrated(monkeypatch):
     assert report["held_out"]["log_density"] == pytest.approx(log_p.mean())
     scored = found.score(table.take(held))
     np.testing.assert_allclose(scored.score, found.calibration.scores, rtol=1e-5)
+
+
+def test_tables_of_all_kinds(tmp_path):
+    generator, count = rng(9), 300
+    text = Cells("text", ("a", "b", "c"))
+    values = np.column_stack(
+        [
+            generator.normal(size=count),
+            generator.choice(3, count, p=[0.6, 0.39, 0.01]),
+            np.where(generator.random(count) < 0.2, np.nan, generator.integers(0, 9, count)),
+        ]
+    )
+    table = Table(("x", "kind", "n"), values, cells=(Cells(), text, Cells("integer")))
+    schema = learn_schema(table)
+    assert schema.mixed
+    shares = [None, jnp.array([0.6, 0.39, 0.01]), jnp.array([0.8, 0.2])]
+    law = autoregressive_distribution(schema.laws, key=jr.key(0), width=8, depth=1, shares=shares)
+    model = TableFlow(law, schema)
+    train, held = table.take(np.arange(200)), table.take(np.arange(200, 300))
+    found = Detector(model, calibrate(model, train, held))
+    io.save(tmp_path / "m", found)
+    found = io.load(tmp_path / "m")
+    # The levels of another file have another order, and one that was not there.
+    new = Table(
+        ("n", "kind", "x"),
+        np.array([[4, 0, 0.1], [4, 1, 0.1], [np.nan, 1, 9.0], [4, 2, 0.1]]),
+        cells=(Cells("integer"), Cells("text", ("b", "c", "z")), Cells()),
+    )
+    scores = found.scores(new)
+    assert np.isnan(scores.latent_radius).all()
+    for values in (scores.log_density, scores.typicality, scores.contrast, scores.neighbours):
+        assert np.isfinite(values).all()
+    assert scores.score[0] > max(scores.score[1:])
+    reasons = found.explain(new)
+    assert [reason[0].column for reason in reasons[1:]] == ["kind", "x", "kind"]
 
 
 class Shifted(AbstractBijection):

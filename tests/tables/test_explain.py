@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scipy.special import logsumexp
-from scipy.stats import kstest, multivariate_normal, norm
+from scipy.stats import kstest, multivariate_normal, norm, poisson
 
+from laminar._errors import InputError
 from laminar.tables.cells import Cells
-from laminar.tables.explain import conditionals
+from laminar.tables.explain import conditionals, quantiles
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table
+
+WHOLE = Cells("integer")
 
 
 def rng(seed=0):
@@ -160,3 +163,47 @@ def test_what_is_impossible_is_told_apart():
     assert np.isneginf(found[2, 0])
     assert np.isnan(found[2, 1])
     assert found[2, 2] == 0
+
+
+def test_quantiles_of_a_normal_law():
+    rho = 0.9
+    covariance = np.array([[1.0, rho], [rho, 1.0]])
+    table = Table(("a", "b"), rng().multivariate_normal([0, 0], covariance, 300))
+    model = known(table, lambda x: multivariate_normal.logpdf(x, [0, 0], covariance))
+    rows = table.values[:20].copy()
+    rows[:, 1] = np.nan
+    levels = (0.01, 0.25, 0.5, 0.9)
+    found = quantiles(model, Table(("a", "b"), rows), table, "b", levels)
+    expected = rho * rows[:, :1] + np.sqrt(1 - rho**2) * norm.ppf(levels)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_quantiles_where_the_law_jumps():
+    """A spike of 0.3 at zero and the unit normal law, and counts."""
+    values = np.where(rng().random(400) < 0.3, 0.0, rng(1).normal(size=400))
+    table = Table(
+        ("a", "k"), np.column_stack([values, rng().poisson(3, 400)]), cells=(Cells(), WHOLE)
+    )
+
+    def log_prob(x):
+        rest = norm.logpdf(x[:, 0]) + np.log(0.7)
+        return np.where(x[:, 0] == 0, np.log(0.3), rest) + poisson.logpmf(x[:, 1], 3)
+
+    model = known(table, log_prob)
+    row = Table(("a", "k"), np.array([[0.5, 3.0]]), cells=(Cells(), WHOLE))
+    found = quantiles(model, row, table, "a", (0.1, 0.34, 0.36, 0.64, 0.66, 0.9))[0]
+    below, above = norm.ppf([0.1 / 0.7, 0.34 / 0.7]), norm.ppf([0.36 / 0.7, 0.6 / 0.7])
+    np.testing.assert_allclose(found, [*below, 0, 0, *above], atol=0.02)
+    counts = quantiles(model, row.take(np.array([0])), table, "k", (0.1, 0.5, 0.99))[0]
+    np.testing.assert_array_equal(counts, poisson.ppf([0.1, 0.5, 0.99], 3))
+
+
+def test_what_has_no_quantiles_is_refused():
+    table = Table(("k",), rng().integers(0, 3, (90, 1)).astype(float))
+    model = known(table, lambda x: np.zeros(len(x)), kinds={"k": "categorical"})
+    with pytest.raises(InputError, match="has no quantiles"):
+        quantiles(model, table, table, "k", (0.5,))
+    with pytest.raises(InputError, match="between 0 and 1"):
+        quantiles(model, table, table, "k", (1.5,))
+    with pytest.raises(InputError, match="no column 'x'"):
+        quantiles(model, table, table, "x", (0.5,))

@@ -53,17 +53,14 @@ def _anomaly_words(study: Study, found: Anomalies) -> list[str]:
             f"The {len(found.rows)} rows of the lowest log density among {total}, and the cells "
             "that make them so."
         ]
+        if study.origin is not None and study.model.calibration is not None:
+            words.append("Rows that a model was fitted to have no p-values; new rows have.")
     else:
         words = [
             f"The {len(found.rows)} strangest of {total} rows, and the cells that make them so. "
             "p is the share of rows, held out from the fit, that are as strange.",
             f"A list of which at most 5% are expected to be false has {found.listed:,} rows.",
         ]
-        if study.origin is not None:
-            words.append(
-                "The model was fitted to most of these rows, which look less strange to it than "
-                "new rows would: p-values are exact for new rows."
-            )
     if found.outside:
         words.append(
             f"{found.outside:,} rows lie outside the support of the model: it holds them to be "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from laminar.report.axes import Axis, cut, number_axis, text_width, tick_text
+from laminar.report.axes import Axis, cut, number_axis, text_width
 from laminar.report.scene import Dots, Fill, Label, Panel, Role, Stroke
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 12.0, 28.0, 40.0
@@ -215,8 +215,7 @@ def uniform_histogram(
     top = 1.1 * max(float(counts.max()), band[1], 1.6 * expected) / expected
     panel = Panel(title, summary, height=170.0)
     axis = Axis(0.0, 1.0, ((0.0, "0"), (0.5, "0.5"), (1.0, "1")))
-    ticks = tuple((v, tick_text(v, 0.5)) for v in ((0.0, 1.0, 2.0) if top < 3 else (0.0, 1.0, 3.0)))
-    frame = Frame(panel, axis, Axis(0.0, top, tuple(t for t in ticks if t[0] < top)), left=28.0)
+    frame = Frame(panel, axis, number_axis(0.0, top, count=3), left=32.0)
     panel.add(Fill(frame.box(0, 1, band[0] / expected, band[1] / expected), "band", 0.8))
     panel.add(Stroke(frame.place(np.array([0.0, 1.0]), np.ones(2)), "faint", 1.0, True))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):

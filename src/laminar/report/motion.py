@@ -229,8 +229,8 @@ def _mixed(model: TableFlow, dist: Any, key: PRNGKeyArray, count: int, given: An
     at = [column.standardise(values[column.name]) for column in model.schema.modelled]
     return (
         [
-            "the base, one logistic variable for each column",
-            "the columns, drawn in turn, each given those before it",
+            "the base, a logistic variable a column",
+            "each column given those before it",
             "the rows, in the table's units",
         ],
         [noise, np.stack(at, axis=1)],

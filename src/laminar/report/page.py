@@ -64,7 +64,7 @@ def write_report(
     motion = found.motion(path_key)
     first = motion.foremost([pair[:2] for pair in found.pairs]) if motion else (0, 1)
     latent = found.latent()
-    strange = find_anomalies(model, found.table, STRANGEST)
+    strange = find_anomalies(model, found.table, STRANGEST, new=found.origin is None)
     parts = [
         ("summary", "Summary", summary(found)),
         ("flow", "Flow", stage.motion(motion, first)),

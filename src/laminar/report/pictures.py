@@ -148,7 +148,8 @@ def _path(found: Study, key: PRNGKeyArray) -> tuple[list[Panel], int | None]:
     i, j = motion.foremost([pair[:2] for pair in found.pairs])
     panels = [motion.frame(k, i, j) for k in motion.spread(_FRAMES)]
     x, y = motion.views[i], motion.views[j]
-    return [*panels, columns.pair(found, x.name, y.name)[0]], 3
+    panels.append(columns.pair(found, x.name, y.name)[0])
+    return panels, len(panels) if len(panels) <= 4 else 3
 
 
 def _fit(found: Study, key: PRNGKeyArray) -> tuple[list[Panel], int | None]:

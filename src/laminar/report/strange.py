@@ -54,7 +54,7 @@ class Anomalies:
 
     Attributes:
         rows: The strangest first.
-        p_values: Of all rows of the table, (N,); None where the model carries no calibration.
+        p_values: Of all rows of the table, (N,); None where there is no calibration for them.
         listed: How many rows a list has of which at most 5% are expected to be normal, or None.
         outside: How many rows lie outside the support of the model.
         failed: How many rows the model could not score: NaN.
@@ -67,13 +67,21 @@ class Anomalies:
     failed: int
 
 
-def find_anomalies(model: TableFlow, table: Table, count: int) -> Anomalies:
-    """The `count` strangest rows of a table, in the model's own numbers.
+def find_anomalies(model: TableFlow, table: Table, count: int, *, new: bool = True) -> Anomalies:
+    """The strangest rows of a table.
 
-    With a calibration they are those of the lowest default score (`laminar.tables.anomaly`), with
-    conformal p-values; without one those of the lowest log-density.
+    Among new rows, where the model has a calibration, they are those of the lowest default score
+    (`laminar.tables.anomaly`), with conformal p-values. That score knows the rows of the fit, and
+    would find strange whichever were held out of it: in the table of the fit, and without a
+    calibration, they are the rows of the lowest log-density.
+
+    Args:
+        model: The model.
+        table: The rows, in the model's own numbers.
+        count: How many.
+        new: Whether the model was fitted to other rows.
     """
-    if model.calibration is None:
+    if model.calibration is None or not new:
         log_p = model.log_prob(table)
         order = _lowest(log_p, count)
         causes = _causes(model, table, order)

@@ -11,30 +11,23 @@ narrower than a thousandth of the column's spread may be missed between nodes un
 lies in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from laminar._errors import InputError
 from laminar.tables.columns import Column
 from laminar.tables.flow import TableFlow
-from laminar.tables.table import Table
+from laminar.tables.table import Table, unknown_column
 
 _QUANTILES = 17
-_TAILS = (
-    0.25,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    64.0,
-    512.0,
-)  # beyond the outermost values, in spreads
-_BESIDE = (1e-3, 1e-2, 0.1)  # beside the cell itself, likewise
+# In spreads: beyond the outermost values, and beside the cell itself.
+_TAILS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 512.0)
+_BESIDE = (1e-3, 1e-2, 0.1)
 _ROUNDS, _EACH = 7, 6  # of refinement, and nodes that each adds
 _MOST_POINTS = 64  # of a grid that is enumerated
+_LEAST_BUCKET = 256
 _BLOCK = 4_000_000  # cells of altered rows that are held at a time
 
 NODES = _QUANTILES + 2 * len(_TAILS) + 2 * len(_BESIDE) + 1 + _ROUNDS * _EACH
@@ -81,22 +74,12 @@ def conditionals(model: TableFlow, rows: Table, known: Table) -> Conditionals:
         The conditional log-densities and distribution functions.
     """
     schema = model.schema
-    order = (*schema.names, *schema.given_names)
-    cells = {column.name: column.cells for column in (*schema.columns, *schema.given)}
-    rows, known = (table.select(order).align(cells) for table in (rows, known))
-
-    def evaluate(values: np.ndarray) -> np.ndarray:
-        # A program is compiled for every number of rows; so there are few such numbers.
-        size = _bucket(len(values))
-        padded = np.concatenate([values, np.repeat(values[:1], size - len(values), axis=0)])
-        table = Table(order, padded, rows.source, cells=rows.cells)
-        return model.log_prob(table)[: len(values)]
-
+    rows, known, evaluate = _prepared(model, rows, known)
     count = len(schema.columns)
     shape = (len(rows), count)
     log_p, below, at = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape)
     whole = evaluate(rows.values) if len(rows) else np.zeros(0)
-    step = max(_BLOCK // (NODES * len(order)), 1)
+    step = max(_BLOCK // (NODES * len(rows.names)), 1)
     for d, column in enumerate(schema.columns):
         if not column.modelled:
             log_p[:, d] = np.where(column.supports(rows.values[:, d]), 0.0, -np.inf)
@@ -110,10 +93,72 @@ def conditionals(model: TableFlow, rows: Table, known: Table) -> Conditionals:
     return Conditionals(schema.names, log_p, below, at)
 
 
+def quantiles(
+    model: TableFlow, rows: Table, known: Table, column: str, levels: Sequence[float]
+) -> np.ndarray:
+    """Quantiles of one column given the other cells of each row.
+
+    What is in the column itself is not looked at, and may be missing. Probabilities beyond a value
+    are `Conditionals.below` and `Conditionals.at` of rows that hold the value.
+
+    Args:
+        model: The model.
+        rows: The rows, with the model's given columns if it has any.
+        known: Rows that the column's nodes are taken from, such as those of the fitted table.
+        column: Its name: a column of numbers, dates or categories with an order.
+        levels: Probabilities between 0 and 1.
+
+    Returns:
+        The least values that are not exceeded with these probabilities, given that the cell is not
+        missing, (N, Q) in the user's units; NaN where the other cells are impossible.
+
+    Raises:
+        InputError: If there is no such column, it has no order, or a level is no probability.
+    """
+    schema = model.schema
+    if column not in schema.names:
+        raise unknown_column(column, schema.names, "The model")
+    d = schema.names.index(column)
+    what = schema.columns[d]
+    wanted = np.asarray(levels, dtype=np.float64)
+    if not ((wanted > 0) & (wanted < 1)).all():
+        raise InputError(f"Levels of quantiles lie between 0 and 1; got {list(levels)}.")
+    if not what.modelled or (what.states_only and what.kind != "boolean"):
+        raise InputError(f"Column {column!r} is {what.kind} and has no quantiles.")
+    rows, known, evaluate = _prepared(model, rows, known)
+    plan = _Plan(what, known.values[:, d])
+    found = np.full((len(rows), len(wanted)), np.nan)
+    step = max(_BLOCK // (NODES * len(rows.names)), 1)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        found[part] = _inverted(plan, d, rows.values[part], evaluate, wanted)
+    return found
+
+
+def _prepared(
+    model: TableFlow, rows: Table, known: Table
+) -> tuple[Table, Table, Callable[[np.ndarray], np.ndarray]]:
+    """Both tables as the model reads them, and the log-density of altered rows."""
+    schema = model.schema
+    order = (*schema.names, *schema.given_names)
+    rows, known = (table.select(order).align(schema.cells) for table in (rows, known))
+
+    def evaluate(values: np.ndarray) -> np.ndarray:
+        # A program is compiled for every number of rows; so there are few such numbers.
+        size = _bucket(len(values))
+        padded = np.concatenate([values, np.repeat(values[:1], size - len(values), axis=0)])
+        table = Table(order, padded, rows.source, cells=rows.cells)
+        return model.log_prob(table)[: len(values)]
+
+    return rows, known, evaluate
+
+
 def _bucket(rows: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, … that is not below a number of rows."""
-    power = 1 << max(rows - 1, 0).bit_length()
-    return 3 * power // 4 if power >= 4 and 3 * power // 4 >= rows else power
+    """The least of 256, 1024, 4096, … that is not below a number of rows."""
+    size = _LEAST_BUCKET
+    while size < rows:
+        size *= 4
+    return size
 
 
 class _Plan:
@@ -296,3 +341,59 @@ def _pieces(plan: _Plan, z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
         pieces[:, 0] += 0.5 * np.exp(left[:, 0])
         pieces[:, -1] += 0.5 * np.exp(right[:, -1])
     return pieces
+
+
+def _inverted(
+    plan: _Plan,
+    d: int,
+    rows: np.ndarray,
+    evaluate: Callable[[np.ndarray], np.ndarray],
+    wanted: np.ndarray,
+) -> np.ndarray:
+    """Where the conditional distribution functions of rows reach levels, (N, Q)."""
+
+    def score(cells: np.ndarray) -> np.ndarray:
+        altered = np.repeat(rows, cells.shape[1], axis=0)
+        altered[:, d] = cells.reshape(-1)
+        return evaluate(altered).reshape(cells.shape)
+
+    count = len(rows)
+    atoms = plan.atoms[~np.isnan(plan.atoms)]
+    log_atoms = np.zeros((count, 0))
+    if len(atoms):
+        log_atoms = score(np.broadcast_to(atoms, (count, len(atoms))))
+    z, log_f = np.zeros((count, 2)), np.full((count, 2), -np.inf)
+    if plan.dense:
+        z, log_f = _refined(plan, np.full(count, np.nan), score)
+    top = np.maximum(log_f.max(axis=1), log_atoms.max(axis=1, initial=-np.inf))
+    safe = np.where(np.isfinite(top), top, 0.0)[:, None]
+    pieces = _pieces(plan, z, log_f - safe) if plan.dense else np.zeros((count, 1))
+    heaped = np.concatenate([np.zeros((count, 1)), np.cumsum(pieces, axis=1)], axis=1)
+    mass = np.exp(log_atoms - safe)
+    places = plan.column.standardise(atoms)
+    found = np.full((count, len(wanted)), np.nan)
+    for i in np.flatnonzero(np.isfinite(top)):
+        # The distribution function jumps at the atoms, and rises with the pieces between them.
+        before = np.interp(places, z[i], heaped[i]) if plan.dense else np.zeros(len(atoms))
+        jumps = np.concatenate([[0.0], np.cumsum(mass[i])])
+        for q, level in enumerate(wanted * (heaped[i, -1] + jumps[-1])):
+            k = int(np.searchsorted(before + jumps[1:], level))
+            if k < len(atoms) and level > before[k] + jumps[k]:
+                found[i, q] = atoms[k]
+            elif plan.dense:
+                at = _within(z[i], log_f[i], heaped[i], level - jumps[k])
+                found[i, q] = plan.column.restore(np.array([at]))[0]
+            else:
+                found[i, q] = atoms[min(k, len(atoms) - 1)]
+    return found
+
+
+def _within(z: np.ndarray, log_f: np.ndarray, heaped: np.ndarray, level: float) -> float:
+    """Where the mass heaped up to the nodes z of a density reaches a level."""
+    k = int(np.clip(np.searchsorted(heaped, level) - 1, 0, len(z) - 2))
+    share = (level - heaped[k]) / max(heaped[k + 1] - heaped[k], np.finfo(float).tiny)
+    with np.errstate(invalid="ignore"):
+        rise = float(np.clip(np.nan_to_num(log_f[k + 1] - log_f[k]), -500, 500))
+    if abs(rise) > 1e-6:  # the density is log-linear between nodes
+        share = np.log1p(share * np.expm1(rise)) / rise
+    return float(z[k] + np.clip(share, 0, 1) * (z[k + 1] - z[k]))

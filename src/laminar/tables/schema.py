@@ -26,6 +26,7 @@ from laminar.tables.infer import check_declared, learn_column
 from laminar.tables.table import Table, listing
 
 _SMOOTHED = "smoothed by uniform noise"
+_SPIKED = 0.1  # of the rows, on single values of a column: a table of real columns is mixed then
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,11 @@ def learn_schema(
         )
 
     columns = tuple(column(name, False) for name in names)
-    # A bare array says nothing of its columns: single values that many rows share are smoothed.
-    spiked = table.named and any(c.modelled and c.spikes for c in columns)
+    # A bare array says nothing of its columns, and a few ties are those of rounding: then single
+    # values that many rows share are smoothed.
+    spiked = table.named and any(
+        np.isin(table.column(c.name), c.spikes).mean() >= _SPIKED for c in columns if c.modelled
+    )
     mixed = partial or spiked or any(c.modelled and not c.plain for c in columns)
     if mixed:
         columns = tuple(
