@@ -103,3 +103,37 @@ def test_rounding_errors_are_measured_and_shown(common):
     assert sum(row.startswith("| `exp` |") and "· –" in row for row in rows) == 2
     assert errors.layers(errors.CASES["exp"], 8) is None
     sys.modules.pop("errors")
+
+
+def test_anomalies_are_never_trained_on_and_lists_are_judged(common, monkeypatch):
+    adbench = __import__("adbench")
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(200, 2)), rng.normal(8, 1, (20, 2))]).astype(np.float32)
+    y = np.repeat(np.array([0, 1], np.uint8), [200, 20])
+    args = argparse.Namespace(most_rows=60, most_quadratic=40, most_test=400, time_limit=None)
+    train, test, labels = adbench.rows_of(x, y, 0, args)
+    assert train.shape == (60, 2)
+    assert np.abs(train).max() < 5
+    assert (len(test), labels.sum()) == (120, 20)
+    records = []
+    for method in ("Mahalanobis", "GMM(5)", "GMM"):
+        found = adbench.measure(method, train, test, labels, 0, args)
+        assert found["auroc"] > 0.99
+        records.append({"table": "45_wine", "method": method, "seed": 0, **found})
+
+    def ours(train, test, seed, args):
+        scores = -adbench.mahalanobis(train, test, seed, args).scores
+        return adbench.Found(-scores, np.where(labels == 1, 0.001, np.where(scores < -8, 0.001, 1)))
+
+    monkeypatch.setitem(adbench.METHODS, "laminar", ours)
+    found = adbench.measure("laminar", train, test, labels, 0, args)
+    listed = found["listed@0.1"]
+    assert found["power@0.1"] == 1
+    assert found["fdp@0.1"] == pytest.approx(1 - 20 / listed)
+    records.append({"table": "45_wine", "method": "laminar", "seed": 0, **found})
+    lines = []
+    adbench.report(records, ("laminar", "Mahalanobis", "GMM(5)", "GMM"), lines.append)
+    text = "\n".join(lines)
+    assert "mean rank" in text
+    assert "of the anomalies listed 100.0%" in text
+    sys.modules.pop("adbench")

@@ -185,7 +185,9 @@ class FlowClassifier(ClassifierMixin, RowReader):
         log_p = self.predict_log_proba(X)
         unknown = y[~np.isin(y, self.classes_)]
         if len(unknown):
-            raise InputError(f"FlowClassifier: y has the class {unknown[0]!r}, which is not known.")
+            raise InputError(
+                f"FlowClassifier: y has the class {unknown.tolist()[0]!r}, which is not known."
+            )
         code = np.searchsorted(self.classes_, y)
         return average(log_p[np.arange(len(y)), code], sample_weight)
 

@@ -376,7 +376,7 @@ def fit_mixed(schema: Schema, partial: bool = False) -> Callable[..., Trained]:
         )
         # As a prior on the weights would, the decay falls as rows are added.
         decay = min(max(_DECAY / len(kept), 0.05), 10.0)
-        defaults = {"learning_rate": 3e-3, "weight_decay": decay, "ema": 0.995}
+        defaults: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": decay, "ema": 0.995}
         if options.get("steps") is None and options.get("time_limit") is None:
             defaults["steps"] = min(max(_EPOCHS * len(kept) // _BATCH, 1_000), 20_000)
         options = {name: value for name, value in options.items() if value is not None}

@@ -1,7 +1,8 @@
 """What the columns of a table are: inferred from their cells, or declared by the user.
 
 kind            cells                                              density or probability
-real            numbers                                            density
+real            numbers                                            density; in a mixed table the
+                                                                   probability of a grid's cell
 positive        numbers above `low`, widely spread                 density of ln(x − low)
 bounded         numbers between two ends, declared                 density of the logit
 integer         whole numbers                                      probability of the cell
@@ -15,12 +16,13 @@ ignored         an identifier or free text                         left out
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
 from laminar._errors import InputError
 from laminar.tables.cells import Cells
-from laminar.tables.columns import FINE, KINDS, Column
+from laminar.tables.columns import FINE, KINDS, Column, Kind
 from laminar.tables.table import listing
 
 FEW = 50
@@ -86,11 +88,12 @@ def learn_column(
     return _continuous(name, kind, cells, missing, there, seen, ends, condition, typed)
 
 
-def parse_kind(name: str, declared: str | None) -> tuple[str | None, tuple[float, ...]]:
+def parse_kind(name: str, declared: str | None) -> tuple[Kind | None, tuple[float, ...]]:
     """The kind and the ends in a declaration such as ``"bounded:0:1"``."""
     if declared is None:
         return None, ()
-    kind, *numbers = declared.split(":")
+    first, *numbers = declared.split(":")
+    kind = cast(Kind, first)
     if kind not in KINDS or kind == "constant":
         choices = ", ".join(k for k in KINDS if k != "constant")
         raise InputError(f"Column {name!r} is declared {declared!r}; choose among {choices}.")
@@ -118,15 +121,13 @@ def check_declared(kinds: Mapping[str, str], names: tuple[str, ...], source: str
         parse_kind(name, kind)
 
 
-def _kind(cells: Cells, distinct: np.ndarray, counts: np.ndarray, condition: bool) -> str:
+def _kind(cells: Cells, distinct: np.ndarray, counts: np.ndarray, condition: bool) -> Kind:
     """What the cells say a column is."""
     if cells.kind == "text":
         if len(distinct) > FEW and 2 * len(distinct) > counts.sum():
             return "ignored"
         return "ordinal" if cells.ordered and not condition else "categorical"
-    return {"boolean": "boolean", "integer": "integer", "datetime": "datetime"}.get(
-        cells.kind, "real"
-    )
+    return cells.kind if cells.kind in ("boolean", "integer", "datetime") else "real"
 
 
 def _check_fit(name: str, kind: str, cells: Cells) -> None:
@@ -207,7 +208,9 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
     )
 
 
-def _continuous(name, kind, cells, missing, there, seen, ends, condition, typed) -> Column:
+def _continuous(
+    name: str, kind: Kind, cells, missing, there, seen, ends, condition, typed
+) -> Column:
     """Numbers with a density: as they are, or their logarithm or logit."""
     location, scale = _standard(seen, there)
     common = {"cells": cells, "missing": missing}
@@ -238,7 +241,8 @@ def _continuous(name, kind, cells, missing, there, seen, ends, condition, typed)
     inside = inside if len(inside) > 1 else there[~np.isin(there, spikes)]
     if len(inside) < 2:
         raise InputError(
-            f"Column {name!r} is declared {kind} and has no values besides {listing(spikes)}; "
+            f"Column {name!r} is declared {kind} and has no values besides "
+            f"{listing([f'{v:g}' for v in spikes])}; "
             "declare it categorical."
         )
     t = column.standardise(inside)
@@ -251,7 +255,7 @@ def _standard(seen: np.ndarray, there: np.ndarray) -> tuple[float, float]:
     return (location, scale) if scale > 0 else location_scale(there)
 
 
-def _positive(values: np.ndarray, levels: tuple[float, ...]) -> str:
+def _positive(values: np.ndarray, levels: tuple[float, ...]) -> Kind:
     """Whether the logarithm of values above zero looks more normal by far than they do."""
     if values.min() < 0 or (values.min() == 0 and 0.0 not in levels):
         return "real"
