@@ -1,17 +1,19 @@
 """What the columns of a table are: inferred from their cells, or declared by the user.
 
-kind            cells                                              density or probability
-real            numbers                                            density; in a mixed table the
-                                                                   probability of a grid's cell
-positive        numbers above `low`, widely spread                 density of ln(x − low)
-bounded         numbers between two ends, declared                 density of the logit
-integer         whole numbers                                      probability of the cell
-datetime        dates and times                                    probability of the cell
-ordinal         categories with an order                           probability of the cell
-boolean         true and false                                     probability
-categorical     names                                              probability
-constant        one value, or none                                 left out, and remembered
-ignored         an identifier or free text                         left out
+::
+
+    kind            cells                                              density or probability
+    real            numbers                                            density; in a mixed table the
+                                                                       probability of a grid's cell
+    positive        numbers above `low`, widely spread                 density of ln(x − low)
+    bounded         numbers between two ends, declared                 density of the logit
+    integer         whole numbers                                      probability of the cell
+    datetime        dates and times                                    probability of the cell
+    ordinal         categories with an order                           probability of the cell
+    boolean         true and false                                     probability
+    categorical     names                                              probability
+    constant        one value, or none                                 left out, and remembered
+    ignored         an identifier or free text                         left out
 """
 
 import math
