@@ -41,6 +41,7 @@ WITHHELD = -1
 _LINEAR = 4.0  # values within it reach the network as they are, beyond it as their logarithm
 _LOGISTIC_SD = math.pi / math.sqrt(3.0)
 _MOST_LOG_SCALE = 8.0
+_BLURRED = 64.0  # of a value's rounding: cells narrower than that have lost their digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,7 @@ class AutoregressiveDistribution(AbstractDistribution):
 
     With states of value −1 `log_prob` is that of the other columns. This is a normalised density
     for every choice of columns; that the densities of different choices agree with each other is
-    learned, from rows with cells withheld at random (`laminar.objectives` has no part in it: see
-    `WithheldNLL`).
+    learned, from rows with cells withheld at random (`laminar.objectives.WithheldNLL`).
 
     Args:
         laws: The columns.
@@ -189,7 +189,7 @@ class AutoregressiveDistribution(AbstractDistribution):
             z, log_det = self.template.inverse_kernel(params, value)
             return jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) + log_det
         half = 0.5 * tables["width"]
-        below, _ = self.template.inverse_kernel(params, value - half)
+        below, slope = self.template.inverse_kernel(params, value - half)
         above, _ = self.template.inverse_kernel(params, value + half)
         lowest, highest = value - half < tables["low"], value + half > tables["high"]
         # The cells at the ends of the support are open: their other side is not looked at.
@@ -201,6 +201,11 @@ class AutoregressiveDistribution(AbstractDistribution):
             + jnp.where(highest, 0.0, jax.nn.log_sigmoid(above))
             + jnp.where(lowest, 0.0, jax.nn.log_sigmoid(-below))
         )
+        # Far out a cell is narrower than the rounding of its ends: a density times its width.
+        blurred = 2 * half < _BLURRED * jnp.finfo(value.dtype).eps * jnp.abs(value)
+        density = jax.nn.log_sigmoid(below) + jax.nn.log_sigmoid(-below) + slope
+        thin = density + jnp.log(jnp.where(half > 0, 2 * half, 1))
+        term = jnp.where(blurred & ~lowest & ~highest, thin, term)
         outside = (value + half < tables["low"]) | (value - half > tables["high"])
         return jnp.where(outside, -jnp.inf, jnp.where(jnp.isnan(gap), jnp.nan, term))
 
@@ -331,6 +336,13 @@ def autoregressive_distribution(
         residual: Use residual blocks.
         order: The position of each column in the autoregressive order, by default the natural one.
         shares: For each column the probabilities of its states at the start, or None.
+
+    Returns:
+        The distribution of events ``(2, D)``.
+
+    Raises:
+        InputError: If a size is not positive.
+        ShapeError: If the order is none of the columns.
     """
     laws = tuple(laws)
     template = as_template("autoregressive_distribution", _template(bins))

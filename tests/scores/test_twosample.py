@@ -143,3 +143,8 @@ def test_copies_are_caught_and_new_rows_are_not():
     same = memorisation(np.ones((5, 2)), np.ones((9, 2)), np.ones((7, 2)))
     assert same.p_value == 1
     assert same.held_out_copies == 1
+
+
+def test_equal_rows_have_not_drifted():
+    same = np.zeros((20, 1))
+    assert mmd_test(same, same, rng=np.random.default_rng(0)).p_value == 1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from laminar._errors import InputError
+from laminar.mixed import ColumnLaw
 from laminar.tables.cells import Cells
 from laminar.tables.columns import Column
 from laminar.tables.infer import learn_column, parse_kind
@@ -118,7 +119,7 @@ def test_what_lies_outside_has_no_probability():
     )
     tens = column(10.0 * rng().integers(0, 50, 100), WHOLE)
     assert tens.step == 10
-    assert not tens.supports(np.array([15.0])).any()
+    np.testing.assert_array_equal(tens.supports(np.array([15.0, 15.5])), [True, False])
     constant = column(np.full(30, 4.0))
     np.testing.assert_array_equal(constant.supports(np.array([4.0, 5.0])), [True, False])
     empty = column(np.full(30, np.nan))
@@ -194,3 +195,52 @@ def test_a_declaration_that_does_not_fit_is_refused(values, cells, declared, wor
 def test_a_declaration_of_no_column_is_refused():
     with pytest.raises(InputError, match="no column 'b'"):
         learn_schema(Table(("a",), rng().normal(size=(30, 1))), kinds={"b": "real"})
+
+
+def test_values_off_the_grid_share_a_small_chance():
+    tens = column(10.0 * rng().integers(0, 50, 98), WHOLE)
+    _, term = tens.place(np.arange(20.0))
+    off = np.arange(20) % 10 != 0
+    np.testing.assert_allclose(term[~off], np.log(0.99))
+    # Nine others stand beside each point of the grid.
+    np.testing.assert_allclose(9 * np.exp(term[off]), 0.01)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.1])
+def test_rounded_reals_have_a_density_on_either_side_of_a_fine_grid(step):
+    """Of the value plus noise: no cell's width is in it, however many values there are."""
+    values = step * np.round(rng().normal(0, 20, 20_000) / step)
+    schema = learn_schema(Table(("a",), values[:, None]))
+    assert schema.columns[0].discrete
+    assert not schema.mixed
+    _, terms = schema.encode(values[:3, None])
+    np.testing.assert_allclose(terms, -np.log(schema.columns[0].scale))
+
+
+def test_an_irregular_list_of_reals_is_a_list_of_categories_in_a_mixed_table():
+    values = np.column_stack([rng().choice(np.log([1, 2, 3, 5, 7]), 200), rng().random(200) < 0.5])
+    schema = learn_schema(Table(("x", "yes"), values, cells=(Cells(), TRUTH)))
+    assert schema.mixed
+    assert schema.laws[0] == ColumnLaw(5, None)
+    events, _ = schema.encode(values)
+    np.testing.assert_allclose(schema.decode(events), values)
+
+
+def test_conditions_at_and_beyond_their_ends_are_numbers():
+    x = rng().lognormal(0, 1, (100, 2))
+    x[3, 1] = 0
+    schema = learn_schema(Table(("y", "p"), x), ("p",), kinds={"p": "positive"})
+    assert np.isfinite(schema.condition(np.array([[0.0], [-4.0], [2.0]]))).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "cells", "declared", "words"),
+    [
+        (0.5 * rng().integers(1, 6, 60), Cells(), "ordinal", "no room"),
+        (rng().normal(size=60), Cells(), "datetime", "no dates"),
+        (rng().poisson(9, 60), WHOLE, "integer:0:5", "no room"),
+    ],
+)
+def test_a_declaration_may_not_make_the_table_impossible(values, cells, declared, words):
+    with pytest.raises(InputError, match=words):
+        column(values, cells, declared)

@@ -7,6 +7,7 @@ from scipy.special import logsumexp
 
 from laminar import io
 from laminar._errors import InputError
+from laminar.mixed import autoregressive_distribution
 from laminar.tables.cells import Cells
 from laminar.tables.flow import TableFlow, fit_table
 from laminar.tables.schema import learn_schema
@@ -160,3 +161,76 @@ def test_weights_may_not_be_missing():
     values[7, -1] = np.nan
     with pytest.raises(InputError, match="missing in row 8"):
         fit_table(Table((*NAMES, "w"), values, cells=(*CELLS, Cells())), weights="w")
+
+
+def untrained(table, **options):
+    """The law of a table before training: independent columns of about the right scales."""
+    schema = learn_schema(table, **options)
+    shares = [
+        np.bincount(events[1][events[1] >= 0].astype(int), minlength=law.states) + 0.5
+        for law, events in zip(
+            schema.laws,
+            np.moveaxis(schema.encode(table.values)[0], 2, 0).swapaxes(1, 2),
+            strict=True,
+        )
+    ]
+    flow = autoregressive_distribution(
+        schema.laws, key=jr.key(0), width=8, depth=1, shares=[s / s.sum() for s in shares]
+    )
+    return TableFlow(flow, schema)
+
+
+def one(values, cells, name="x"):
+    return Table((name,), np.asarray(values, float)[:, None], cells=(cells,))
+
+
+def test_amounts_with_a_spike_sum_to_one():
+    rng = np.random.default_rng(0)
+    money = np.where(rng.random(500) < 0.4, 0, np.round(rng.lognormal(7, 1, 500)))
+    model = untrained(one(money, Cells("integer")))
+    column = model.schema.columns[0]
+    assert column.fine
+    assert column.spikes == (0.0,)
+    whole = np.arange(0, 3_000_000.0)
+    total = np.exp(model.log_prob(one(whole, Cells("integer")))).sum()
+    assert total == pytest.approx(1, abs=2e-3)
+    assert model.log_prob(one([-1.0], Cells("integer"))) == -np.inf
+
+
+def test_gaps_and_new_categories_sum_to_one():
+    codes = np.array([0.0, 1, 2, np.nan] * 20)
+    text = Cells("text", ("a", "b", "c"))
+    model = untrained(one(codes, text))
+    every = model.log_prob(one([0, 1, 2, np.nan, -1], text))
+    assert np.exp(every).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_count_far_beyond_the_others_has_a_finite_density():
+    counts = np.random.default_rng(0).poisson(3, 300).astype(float)
+    model = untrained(one(counts, Cells("integer")))
+    far = model.log_prob(one([1e3, 3e8, 1e12], Cells("integer")))
+    assert np.isfinite(far).all()
+    assert (np.diff(far) < 0).all()
+
+
+def test_fixed_values_stay_as_they_were_given(fitted):
+    model, _ = fitted
+    drawn = model.sample(jr.key(3), 7, fixed={"score": 0.1, "city": "Bern"})
+    assert (drawn.column("score") == 0.1).all()
+    assert (drawn.column("city") == 1).all()
+    for wrong in ({"city": "Zug"}, {"city": None}, {"score": None}):
+        with pytest.raises(InputError, match="cannot have the value"):
+            model.sample(jr.key(3), 7, fixed=wrong)
+
+
+def test_new_texts_survive_imputation_and_impossible_cells_are_named(fitted):
+    model, _ = fitted
+    cells = (Cells("text", ("Bern", "Zug")), *CELLS[1:])
+    rows = Table(
+        NAMES, np.array([[1.0, 3, np.nan, 1, 2.0], [0.0, 3, 5.0, np.nan, 2.0]]), cells=cells
+    )
+    filled, _ = model.impute(jr.key(0), rows, 2)
+    assert list(filled.decoded()["city"]) == ["Zug", "Zug", "Bern", "Bern"]
+    wrong = Table(NAMES, np.array([[0.0, -2, np.nan, 1, 2.0]]), cells=cells)
+    with pytest.raises(InputError, match="'visits', row 1 holds -2"):
+        model.impute(jr.key(0), wrong)

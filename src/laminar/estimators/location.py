@@ -21,12 +21,14 @@ class Around(NamedTuple):
     Attributes:
         kinds: The location by each kind of trees.
         location: Their combination.
-        log_scale: The logarithm of the size of the residual.
+        log_scale: The logarithm of the size of the residual of one fold's trees.
+        variance: Of the location, over folds; zero out of fold, where there are one fold's trees.
     """
 
     kinds: np.ndarray
     location: np.ndarray
     log_scale: np.ndarray
+    variance: np.ndarray
 
 
 class Trees(NamedTuple):
@@ -44,8 +46,11 @@ class Trees(NamedTuple):
 
     def __call__(self, x: np.ndarray) -> Around:
         """What is said of new rows: the mean over folds."""
-        kinds = np.stack([_mean(fitted, x) for fitted in self.kinds], axis=1)
-        return Around(kinds, kinds @ self.shares, _mean(self.scales, x))
+        each = np.array([[model.predict(x) for model in fitted] for fitted in self.kinds])
+        kinds = each.mean(axis=1).T
+        variance = np.tensordot(self.shares, each, 1).var(axis=0)
+        log_scale = np.mean([model.predict(x) for model in self.scales], axis=0)
+        return Around(kinds, kinds @ self.shares, log_scale, variance)
 
 
 def fit_trees(
@@ -70,7 +75,8 @@ def fit_trees(
     residual = np.abs(y - kinds @ shares)
     size = np.log(np.maximum(residual, _FLOOR * np.median(residual)) + np.finfo(float).tiny)
     scales, log_scale = _out_of_fold(_scale_maker(len(x), seed), x, size, weights, folds)
-    return Trees(fitted, shares, scales), Around(kinds, kinds @ shares, log_scale)
+    around = Around(kinds, kinds @ shares, log_scale, np.zeros(len(x)))
+    return Trees(fitted, shares, scales), around
 
 
 def _out_of_fold(make, x, y, weights, folds) -> tuple[tuple[Any, ...], np.ndarray]:
@@ -82,10 +88,6 @@ def _out_of_fold(make, x, y, weights, folds) -> tuple[tuple[Any, ...], np.ndarra
         held[mine] = model.predict(x[mine])
         models.append(model)
     return tuple(models), held
-
-
-def _mean(models: tuple[Any, ...], x: np.ndarray) -> np.ndarray:
-    return np.mean([model.predict(x) for model in models], axis=0)
 
 
 def _makers(rows: int, seed: int) -> list:

@@ -17,6 +17,8 @@ from laminar.estimators.rows import RowReader
 from laminar.tables.infer import learn_column, location_scale
 
 _FAR = 10.0
+_WILD = 4.0  # residuals beyond so many scales do not say how much averaging helps
+_LEAST_SHARE = 0.4
 
 
 class FlowRegressor(RegressorMixin, RowReader):
@@ -130,6 +132,8 @@ class FlowRegressor(RegressorMixin, RowReader):
             self._trees, around = fit_trees(X, y, w, folds, seed)
         middle, scale = location_scale((y - around.location) * np.exp(-around.log_scale))
         self._shift, self.scale_ = middle, scale or 1.0
+        r = (y - around.location) * np.exp(-around.log_scale) - middle
+        self._mean_square = float(np.average(np.clip(r / self.scale_, -_WILD, _WILD) ** 2))
         condition, centre, size = self._told(X, around)
         noisy = y + self._column.resolution * rng.uniform(-0.5, 0.5, len(y))
         fitted = fit_law(seed, (noisy - centre) / size, condition, w, folds, sizes)
@@ -206,7 +210,8 @@ class FlowRegressor(RegressorMixin, RowReader):
 
     def _nothing(self, rows: int) -> Around:
         """What is said of rows without trees: nothing."""
-        return Around(np.empty((rows, 0)), np.full(rows, self._middle), np.zeros(rows))
+        zero = np.zeros(rows)
+        return Around(np.empty((rows, 0)), np.full(rows, self._middle), zero, zero)
 
     def _told(self, X: np.ndarray, around: Around) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Conditions for the networks, and the location and scale of the law, of each row."""
@@ -217,6 +222,10 @@ class FlowRegressor(RegressorMixin, RowReader):
             places = np.concatenate([around.kinds, around.location[:, None]], axis=1)
             places = np.clip((places - self._middle) / self._spread, -_FAR, _FAR)
             parts += [places, np.clip(np.log(size / self._spread)[:, None] / 2, -_FAR, _FAR)]
+        # The mean over folds errs less than one fold's trees, by their variance exactly (Krogh &
+        # Vedelsby 1995), and the law was learned from the residuals of one fold's.
+        share = 1 - around.variance / (self._mean_square * size**2)
+        size = np.maximum(size * np.sqrt(np.clip(share, _LEAST_SHARE, 1.0)), least)
         condition = pad_condition(np.concatenate(parts, axis=1))
         return condition, around.location + self._shift * np.exp(around.log_scale), size
 

@@ -126,6 +126,7 @@ def independent(train: Rows, held_out: Rows, laws: Sequence[ColumnLaw]) -> np.nd
         if law.value is None:
             continue
         own = train.x[seen == 0, 0, i]
+        own = own if len(own) else np.zeros(1)
         middle = float(np.median(own))
         scale = max(float(np.std(own)) * math.sqrt(3) / math.pi, law.width, 1e-3)
         total += np.where(state == 0, _logistic(value, law, middle, scale), 0.0)

@@ -7,7 +7,7 @@ value x with a density is taken to
 
 with t(x) = x, ln(x − low) for a positive column, or ln((x − low) / (high − x)) for a bounded one. A
 value on a grid has a probability instead, that of its cell, and ln p gets no such term; nor has a
-category.
+category. Where cells are very narrow, their probability is the density times their width.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ FINE = 1e-3
 is their probability, up to about its square."""
 
 _ON_GRID = 1e-6
+_COUNTED = ("integer", "ordinal", "datetime")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class Column:
         codes: The numbers of the categories, one for each state.
         rare: Numbers of rare categories, which share one more state.
         shares: The probability of each of these within it.
-        unseen: The probability of a category that was not there.
+        unseen: The probability of a category that was not there, or of all values off the grid.
+        cell: Whether values on the grid count with the probabilities of their cells.
+        fine: Whether these are so narrow that a density times the step stands for them.
     """
 
     name: str
@@ -86,6 +89,8 @@ class Column:
     rare: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
     unseen: float = 0.0
+    cell: bool = False
+    fine: bool = False
 
     @property
     def modelled(self) -> bool:
@@ -100,19 +105,12 @@ class Column:
     @property
     def on_grid(self) -> bool:
         """Whether its values have the probabilities of cells, and no density."""
-        if not self.modelled or self.states_only:
-            return False
-        return self.step > 0 and (self.discrete or self.kind != "real")
-
-    @property
-    def fine(self) -> bool:
-        """Whether the cells of its grid are so small that a density times the step is as good."""
-        return self.on_grid and self.step < FINE * self.scale
+        return self.modelled and self.cell and self.step > 0 and not self.states_only
 
     @property
     def plain(self) -> bool:
         """Whether a flow over real columns alone can hold it."""
-        grid = self.on_grid and self.kind != "real" and not self.fine
+        grid = self.on_grid and not self.fine
         spikes = bool(self.spikes) and not self.resolution
         return not (self.states_only or self.missing or grid or spikes)
 
@@ -149,18 +147,53 @@ class Column:
         return self._back(self.location + self.scale * np.asarray(z, dtype=np.float64))
 
     def log_slope(self, x: np.ndarray) -> np.ndarray:
-        """The log-density's part of the units, ln |dz/dx|; a fine grid's cell has its step too."""
+        """The logarithm of the slope of `standardise`, ln |dz/dx|."""
         x = np.asarray(x, dtype=np.float64)
         slope = np.full(x.shape, -math.log(self.scale))
-        if self.fine:
-            return slope + math.log(self.step)
+        low, high = self._ends
         with np.errstate(divide="ignore", invalid="ignore"):
-            if self.kind == "positive":
-                slope = slope - np.log(x - (self.low or 0.0))
-            if self.kind == "bounded" and self.low is not None and self.high is not None:
-                above, below = x - self.low, self.high - x
-                slope = slope - np.log(above) - np.log(below) + math.log(self.high - self.low)
+            if low is not None:
+                slope = slope - np.log(x - low)
+            if low is not None and high is not None:
+                slope = slope - np.log(high - x) + math.log(high - low)
         return slope
+
+    def place(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Standardised values, and what the units bring to their log-densities, each (N,).
+
+        A value off a grid stands in the cell of the nearest point, whose neighbours up to the next
+        share the probability of values off the grid. Outside the support the term is −inf and the
+        value one inside; NaN stays.
+        """
+        x = np.asarray(x, dtype=np.float64)
+        keep = self.supports(x)
+        if not self.on_grid:
+            term = self.log_slope(np.where(keep, x, np.nan))
+        else:
+            near = _onto_grid(x, self.origin, self.step)
+            near = near if self.low is None and self.high is None else self._clipped(near)
+            term = self.log_slope(near) + math.log(self.step) if self.fine else np.zeros(x.shape)
+            if self.unseen > 0:
+                off = np.abs(x - near) > _ON_GRID * np.maximum(self.step, np.abs(x))
+                share = math.log(self.unseen) - math.log(self.step - 1)
+                term = term + np.where(off, share, math.log1p(-self.unseen))
+            x = np.where(keep, near, x)
+        gone = np.isnan(x)
+        value = np.where(keep & ~gone, self.standardise(np.where(keep, x, np.nan)), 0.0)
+        return np.where(gone, np.nan, value), np.where(keep, np.where(gone, 0.0, term), -np.inf)
+
+    @property
+    def _ends(self) -> tuple[float | None, float | None]:
+        """The ends that a logarithm or logit takes to infinity; None for the real line's own."""
+        if self.kind in ("positive", "bounded"):
+            return self.low or 0.0, self.high if self.kind == "bounded" else None
+        if self.fine and self.low is not None:
+            # Half a step beyond, so that the cells of both ends are whole.
+            return self.low - self.step / 2, self.high and self.high + self.step / 2
+        return None, None
+
+    def _clipped(self, x: np.ndarray) -> np.ndarray:
+        return np.where(np.isnan(x), x, np.clip(x, self.low, self.high))
 
     def supports(self, x: np.ndarray) -> np.ndarray:
         """Whether each value, missing ones included, can occur at all."""
@@ -177,10 +210,11 @@ class Column:
                 if self.high is not None:
                     inside &= x < self.high
                 keep = inside | np.isin(x, self.spikes)
-            elif self.kind in ("integer", "ordinal", "datetime") and self.on_grid:
-                steps = (x - self.origin) / self.step
-                near = np.abs(steps - np.round(steps)) <= _ON_GRID * np.maximum(1, np.abs(steps))
-                keep = near | self.fine
+            elif self.kind in _COUNTED and self.on_grid:
+                # A date between two of its units is in the cell of the nearest.
+                units = x - self.origin
+                whole = np.abs(units - np.round(units)) <= _ON_GRID * np.maximum(1, np.abs(units))
+                keep = whole | (self.kind == "datetime")
                 if self.low is not None:
                     keep &= x >= self.low - self.step / 2
                 if self.high is not None:
@@ -192,8 +226,8 @@ class Column:
         x = self._back(self.location + self.scale * np.asarray(z, dtype=np.float64))
         if self.step > 0:
             x = _onto_grid(x, self.origin, self.step)
-        if self.on_grid:
-            x = np.clip(x, self.low, self.high) if (self.low, self.high) != (None, None) else x
+        if self.on_grid and (self.low, self.high) != (None, None):
+            x = self._clipped(x)
         if self.levels and self.kind == "real":
             levels = np.asarray(self.levels)
             right = np.clip(np.searchsorted(levels, x), 1, max(len(levels) - 1, 1))
@@ -205,26 +239,25 @@ class Column:
         return x
 
     def _transformed(self, x: np.ndarray) -> np.ndarray:
+        low, high = self._ends
+        if low is None:
+            return x
         with np.errstate(divide="ignore", invalid="ignore"):
-            if self.kind == "positive":
-                return np.log(np.maximum(x - (self.low or 0.0), 0.0))
-            if self.kind == "bounded" and self.low is not None and self.high is not None:
-                above, below = np.maximum(x - self.low, 0.0), np.maximum(self.high - x, 0.0)
-                return np.log(above) - np.log(below)
-        return x
+            t = np.log(np.maximum(x - low, 0.0))
+            return t if high is None else t - np.log(np.maximum(high - x, 0.0))
 
     def _back(self, t: np.ndarray) -> np.ndarray:
-        if self.kind == "positive":
+        low, high = self._ends
+        if low is None:
+            return t
+        if high is None:
             with np.errstate(over="ignore"):
-                return (self.low or 0.0) + np.clip(np.exp(t), 5e-324, 1.7e308)
-        if self.kind == "bounded" and self.low is not None and self.high is not None:
-            # Each side is measured from its own end, where it has all its digits.
-            width = self.high - self.low
-            rest = np.exp(-np.abs(t)) / (1.0 + np.exp(-np.abs(t)))
-            inside = np.where(t > 0, self.high - width * rest, self.low + width * rest)
-            least, most = np.nextafter(self.low, np.inf), np.nextafter(self.high, -np.inf)
-            return np.clip(inside, least, most)
-        return t
+                return low + np.clip(np.exp(t), 5e-324, 1.7e308)
+        # Each side is measured from its own end, where it has all its digits.
+        width = high - low
+        rest = np.exp(-np.abs(t)) / (1.0 + np.exp(-np.abs(t)))
+        inside = np.where(t > 0, high - width * rest, low + width * rest)
+        return np.clip(inside, np.nextafter(low, np.inf), np.nextafter(high, -np.inf))
 
     # ---------------------------------------------------------------------- events of mixed rows
 
@@ -240,14 +273,16 @@ class Column:
             state, term = self._category(x)
             value = np.zeros(x.shape)
         else:
-            state, value = np.zeros(x.shape), self.standardise(x)
-            term = self.log_slope(x) if not self.on_grid or self.fine else np.zeros(x.shape)
+            state = np.zeros(x.shape)
+            value, term = self.place(x)
             for number, spike in enumerate(self.spikes, start=1):
                 at = x == spike
                 state, term = np.where(at, number, state), np.where(at, 0.0, term)
                 value = np.where(at, 0.0, value)
         keep = self.supports(x)
-        term = np.where(gone, 0.0, np.where(keep, term, -np.inf))
+        # All but a new category, the missing cell among them, share what its chance leaves.
+        blank = math.log1p(-self.unseen) if self.states_only and self.missing else 0.0
+        term = np.where(gone, blank, np.where(keep, term, -np.inf))
         value = np.where(gone | ~keep, 0.0, value)
         last = self.law.states - 1
         state = np.where(gone, last if self.missing else WITHHELD, state)

@@ -11,6 +11,7 @@ narrower than a thousandth of the column's spread may be missed between nodes un
 lies in it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -166,6 +167,8 @@ class _Plan:
 
     def __init__(self, column: Column, known: np.ndarray):
         self.column = column
+        # A fine grid is as good as a density.
+        self.gridded = column.on_grid and not column.fine
         present = known[np.isfinite(known)]
         if not len(present):
             present = column.unstandardise(np.zeros(1))
@@ -173,7 +176,7 @@ class _Plan:
         self.dense = True
         if column.states_only:
             atoms, self.dense = [*column.codes, *column.rare], False
-        elif column.on_grid:
+        elif self.gridded:
             points = self._grid(present)
             if len(points) <= _MOST_POINTS:
                 atoms, self.dense = list(points), False
@@ -215,7 +218,7 @@ class _Plan:
     def placed(self, z: np.ndarray) -> np.ndarray:
         """Nodes moved onto the grid, where there is one."""
         column = self.column
-        if not column.on_grid:
+        if not self.gridded:
             return z
         x = column.location + column.scale * z
         steps = np.round((x - column.origin) / column.step)
@@ -224,12 +227,14 @@ class _Plan:
 
     def cells(self, z: np.ndarray) -> np.ndarray:
         """Nodes in the user's units."""
-        x = self.column.unstandardise(z)
-        if not self.column.on_grid:
+        column = self.column
+        x = column.unstandardise(z)
+        if not column.on_grid:
             return x
         # Back and forth has moved the points by a last digit.
-        steps = np.round((x - self.column.origin) / self.column.step)
-        return self.column.origin + steps * self.column.step
+        x = column.origin + np.round((x - column.origin) / column.step) * column.step
+        # A single value with a probability of its own is no point of the density.
+        return np.where(np.isin(x, column.spikes), x + column.step, x)
 
 
 def _column(
@@ -275,7 +280,7 @@ def _column(
         log_p = whole - (np.log(total) + safe)
         share = np.exp(whole - safe) / total
         below = before / total
-        if plan.dense and plan.column.on_grid:
+        if plan.dense and plan.gridded:
             # The piece up to a point of a grid has half of the point's own probability.
             below = below - np.where(is_atom, 0.0, 0.5 * share)
     discrete = is_atom | ~np.full(len(rows), plan.dense) | plan.column.on_grid
@@ -297,7 +302,7 @@ def _refined(
     for _ in range(_ROUNDS):
         width = np.diff(z, axis=1)
         higher = np.maximum(log_f[:, 1:], log_f[:, :-1])
-        least = 1.5 * plan.column.step / plan.column.scale if plan.column.on_grid else 0.0
+        least = 1.5 * plan.column.step / plan.column.scale if plan.gridded else 0.0
         with np.errstate(divide="ignore", invalid="ignore"):
             bound = np.where(width > least, np.log(width) + higher, -np.inf)
         bound = np.where(np.isnan(bound), -np.inf, bound)
@@ -315,10 +320,12 @@ def _per_unit(plan: _Plan, z: np.ndarray, score: Callable[[np.ndarray], np.ndarr
     column = plan.column
     x = plan.cells(z)
     log_p = score(x)
-    if column.on_grid:
+    if plan.gridded:
         return log_p
+    if column.fine:
+        log_p = log_p - math.log(column.step)
     with np.errstate(invalid="ignore"):
-        log_f = log_p - column.log_slope(x)
+        log_f = log_p - column.log_slope(column.unstandardise(z))
     # Where the map to the user's units runs out of digits there is nothing left to count.
     return np.where(np.isnan(log_f), -np.inf, log_f)
 
@@ -327,7 +334,7 @@ def _pieces(plan: _Plan, z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
     """The mass between neighbouring nodes, (N, G − 1), of a density that is log-linear there."""
     left, right = log_f[:, :-1], log_f[:, 1:]
     width = np.diff(z, axis=1)
-    if plan.column.on_grid:
+    if plan.gridded:
         width = width * plan.column.scale / plan.column.step
     high, low = np.maximum(left, right), np.minimum(left, right)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -336,7 +343,7 @@ def _pieces(plan: _Plan, z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
         mean = np.where(fall > 1e-8, -np.expm1(-fall) / np.where(fall > 0, fall, 1.0), 1.0)
     mean = np.where(np.isinf(fall), 0.0, mean)
     pieces = width * np.exp(high) * mean
-    if plan.column.on_grid:
+    if plan.gridded:
         # A sum over points, not an integral: both outermost points have their other halves.
         pieces[:, 0] += 0.5 * np.exp(left[:, 0])
         pieces[:, -1] += 0.5 * np.exp(right[:, -1])

@@ -16,6 +16,7 @@
     ignored         an identifier or free text                         left out
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import cast
@@ -133,6 +134,11 @@ def _kind(cells: Cells, distinct: np.ndarray, counts: np.ndarray, condition: boo
 
 
 def _check_fit(name: str, kind: str, cells: Cells) -> None:
+    if kind == "datetime" and cells.kind != "datetime":
+        raise InputError(
+            f"Column {name!r} holds no dates and is declared datetime; write dates as 2024-12-31 "
+            "or 2024-12-31T23:59:59, or declare it real or integer."
+        )
     names = cells.kind == "text"
     if names and kind not in ("categorical", "ordinal", "boolean"):
         raise InputError(
@@ -179,8 +185,9 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
         raise InputError(f"Column {name!r} is declared integer and holds {at:g}.")
     step, low, high = 1.0, None, None
     if kind == "ordinal":
-        top = float(len(cells.levels) - 1) if cells.kind == "text" else float(distinct[-1])
-        low, high = (0.0 if cells.kind == "text" else float(distinct[0])), top
+        texts = cells.kind == "text"
+        low = 0.0 if texts else float(distinct[0])
+        high = float(len(cells.levels) - 1) if texts else float(distinct[-1])
     elif len(there) >= _SURE and len(distinct) >= 5:
         step = max(grid_step(distinct), 1.0)
     origin = float(distinct[0])
@@ -194,11 +201,10 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
     # On a fine grid a cell is as narrow as a density allows; a spike there needs its own state.
     fine = step < FINE * scale
     spikes = _heavy(*np.unique(there, return_counts=True)) if fine else ()
-    return Column(
+    column = Column(
         name,
         kind,
-        location,
-        scale,
+        0.0,
         step=step,
         origin=origin,
         levels=spikes,
@@ -207,7 +213,22 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
         missing=missing,
         low=low,
         high=high,
+        # Values off a coarse grid have the chance that the next row brings one.
+        unseen=1.0 / (len(there) + 2) if step > 1 else 0.0,
+        cell=True,
+        fine=fine,
     )
+    if not column.supports(there).all():
+        bad = float(there[~column.supports(there)][0])
+        raise InputError(
+            f"Column {name!r} is {kind} and holds {bad:g}, which its grid and ends leave no room "
+            "for; declare it real or categorical, or give other ends."
+        )
+    if fine and low is not None:
+        rest = seen[~np.isin(seen, spikes)]
+        t = column.standardise(rest if len(rest) > 1 else there)
+        location, scale = _standard(t, t)
+    return dataclasses.replace(column, location=location, scale=scale or 1.0)
 
 
 def _continuous(
@@ -216,7 +237,7 @@ def _continuous(
     """Numbers with a density: as they are, or their logarithm or logit."""
     location, scale = _standard(seen, there)
     common = {"cells": cells, "missing": missing}
-    if condition and kind == "real":
+    if condition:
         return Column(name, "real", location, scale, **common)
     distinct, counts = np.unique(there, return_counts=True)
     discrete, resolution, step, levels = _ties(distinct, counts, scale)

@@ -14,7 +14,7 @@ from laminar._typing import Array, PRNGKeyArray
 from laminar.density import AbstractDistribution
 from laminar.mixed import WITHHELD, AutoregressiveDistribution
 from laminar.tables.calibration import Calibration
-from laminar.tables.cells import CellError, Cells
+from laminar.tables.cells import UNSEEN, CellError, Cells
 from laminar.tables.schema import Schema
 from laminar.tables.table import (
     Table,
@@ -31,7 +31,7 @@ PARTICLES = 256
 """Draws of the missing cells of a row from which those that are given out are chosen."""
 
 _LEAST_PADDED, _MOST_PADDED = 32, 4096
-_MOST_PARTICLES = 200_000  # at once, so that memory stays bounded
+_MOST_SCALARS = 10_000_000  # of particles at once, so that memory stays bounded
 
 
 class TableFlow(eqx.Module):
@@ -113,6 +113,10 @@ class TableFlow(eqx.Module):
         Returns:
             A table of n rows, or of n · M rows: n for the first condition, then n for the second.
             It has the columns of the fitted table in their order, the given ones among them.
+
+        Raises:
+            InputError: If n is not positive, a condition is missing or not wanted, or a fixed value
+                is none that its column can have.
         """
         if n < 1:
             raise InputError(f"The number of rows to sample must be at least 1, not {n}.")
@@ -122,15 +126,19 @@ class TableFlow(eqx.Module):
         conditions = self._given(given, None) if schema.given else None
         count = 1 if conditions is None else len(conditions)
         standard = None if conditions is None else schema.condition(conditions)
-        if fixed is not None:
-            rows = self._fixed(fixed, count)
-            drawn = self._completed(key, rows, standard, n, max(PARTICLES, 4 * n))[0]
+        held = None if fixed is None else self._fixed(fixed)
+        if held is not None:
+            events = np.repeat(self._opened(schema.encode(held)[0], held), count, axis=0)
+            drawn = self._completed(key, events, standard, n, max(PARTICLES, 4 * n))[0]
         elif standard is None:
-            drawn = np.asarray(self.flow.sample(key, (n * count,)))
+            drawn = np.asarray(self.flow.sample(key, (_length(n * count),)))[: n * count]
         else:
-            drawn = np.asarray(self.flow.sample(key, (n,), cast(standard, self.flow)))
+            drawn = np.asarray(self.flow.sample(key, (_length(n),), cast(standard, self.flow)))[:n]
             drawn = np.moveaxis(drawn, 0, 1).reshape(n * count, *schema.shape)
         values = schema.decode(drawn, seed=_seed(key))
+        if held is not None:
+            # As the user gave them: single precision has fewer digits, and rare categories share.
+            values = np.where(np.isnan(held), values, held)
         table = self._table(schema.names, values, "the samples")
         if conditions is None:
             return table
@@ -166,14 +174,17 @@ class TableFlow(eqx.Module):
 
         Returns:
             The table of draws · N rows, all draws of the first row first; and the effective sample
-            size of the particles of each row, (N,): where it is small the draws repeat.
+            size of the particles of each row, (N,): where it is small the draws repeat, and where
+            it is 0 the cells that are there cannot stand beside each other.
 
         Raises:
-            InputError: If the model is not one of mixed rows.
+            InputError: If the model is not one of mixed rows, or a cell that is there is none that
+                its column can have.
         """
         if draws < 1:
             raise InputError(f"The number of draws must be at least 1, not {draws}.")
         values, condition = self._split(rows, given)
+        self._refuse_impossible(values, rows)
         events, _ = self.schema.encode(values)
         filled, effective = self._completed(
             key, self._opened(events, values), condition, draws, max(particles, draws)
@@ -181,7 +192,8 @@ class TableFlow(eqx.Module):
         whole = self.schema.decode(filled, seed=_seed(key))
         kept = np.repeat(values, draws, axis=0)
         whole = np.where(np.isnan(kept), whole, kept)
-        return self._table(self.schema.names, whole, f"{rows.source}, filled in"), effective
+        table = self._table(self.schema.names, whole, f"{rows.source}, filled in")
+        return _with_new_texts(table, rows, draws), effective
 
     def batch(self, rows: Table | np.ndarray, given: Given = None) -> tuple[Array, Array | None]:
         """Events (N, *shape) and conditions (N, c), as the inner flow takes them."""
@@ -215,25 +227,37 @@ class TableFlow(eqx.Module):
         gone = np.isnan(values[:, kept])
         return np.where(gone[:, None], np.array([0.0, WITHHELD])[:, None], events)
 
-    def _fixed(self, fixed: Mapping[str, Any], count: int) -> np.ndarray:
-        """The same event for every row: the fixed columns, and the others withheld."""
+    def _refuse_impossible(self, values: np.ndarray, rows: Table) -> None:
+        """Refuse cells that their columns cannot have, by row and column."""
+        for column, x in zip(self.schema.columns, values.T, strict=True):
+            bad = np.flatnonzero(~column.supports(x))
+            if len(bad):
+                raise InputError(
+                    f"{rows.source}: column {column.name!r}, row {rows.rows[bad[0]]} holds "
+                    f"{x[bad[0]]:g}, which the model says it cannot; correct it, or leave it empty."
+                )
+
+    def _fixed(self, fixed: Mapping[str, Any]) -> np.ndarray:
+        """One row of the columns held fixed, (1, D), NaN in the others."""
         schema = self.schema
         values = np.full((1, len(schema.names)), np.nan)
         for name, cell in fixed.items():
             if name not in schema.names:
                 raise unknown_column(name, schema.names, "The model")
-            values[0, schema.names.index(name)] = _number(name, cell, schema.cells[name])
-        events, terms = schema.encode(values)
-        if np.isneginf(terms).any():
-            bad = next(
-                column.name
-                for column, x in zip(schema.columns, values.T, strict=True)
-                if column.name in fixed and np.isneginf(column.encode(x)[2]).any()
-            )
-            raise InputError(
-                f"Column {bad!r} cannot have the value {fixed[bad]!r}; give one that it can take."
-            )
-        return np.repeat(self._opened(events, values), count, axis=0)
+            column = schema.columns[schema.names.index(name)]
+            x = _number(name, cell, column.cells)
+            known = (*column.codes, *column.rare)
+            if np.isnan(x) or (known and x not in known) or not column.supports(np.array([x]))[0]:
+                hint = ""
+                if known:
+                    cells = column.cells.decode(np.asarray(column.codes))
+                    hint = f": it has {listing([str(c) for c in cells], 6)}"
+                raise InputError(
+                    f"Column {name!r} cannot have the value {cell!r}{hint}; give one that it can "
+                    "take."
+                )
+            values[0, schema.names.index(name)] = x
+        return values
 
     def _completed(
         self,
@@ -246,23 +270,28 @@ class TableFlow(eqx.Module):
         """Draws of whole events, (N · draws, 2, d), and effective sample sizes (N,)."""
         flow = self._partial()
         filled, effective = [], []
-        size = max(_MOST_PARTICLES // particles, 1)
+        size = max(_MOST_SCALARS // (particles * 2 * len(self.schema.modelled)), 1)
         for begin in range(0, len(events), size):
             draw_key, choose_key = jr.split(jr.fold_in(key, begin))
             part = slice(begin, begin + size)
-            own = None if condition is None else cast(condition[part], flow)
-            x, log_w = flow.complete(draw_key, cast(events[part], flow), (particles,), own)
-            log_w = np.asarray(log_w, np.float64)
-            w = np.exp(log_w - log_w.max(axis=0))
-            w = w / w.sum(axis=0)
-            effective.append(1.0 / (w**2).sum(axis=0))
+            count = len(events[part])
+            own = None if condition is None else cast(padded(condition[part]), flow)
+            x, log_w = flow.complete(draw_key, cast(padded(events[part]), flow), (particles,), own)
+            log_w = np.asarray(log_w, np.float64)[:, :count]
+            top = log_w.max(axis=0)
+            w = np.exp(log_w - np.where(np.isfinite(top), top, 0.0))
+            total = w.sum(axis=0)
+            with np.errstate(invalid="ignore"):
+                effective.append(np.where(total > 0, total**2 / (w**2).sum(axis=0), 0.0))
             # Systematic resampling: one uniform number, and equal steps through the weights.
-            start = np.asarray(jr.uniform(choose_key, (w.shape[1],)), np.float64)
-            points = (start[None] + np.arange(draws)[:, None]) / draws
+            start = np.asarray(jr.uniform(choose_key, (len(padded(events[part])),)), np.float64)
+            points = (start[None, :count] + np.arange(draws)[:, None]) / draws
             heaped = np.cumsum(w, axis=0)
-            chosen = (heaped[None] < points[:, None] * heaped[-1]).sum(axis=1)
-            picked = np.asarray(x)[np.minimum(chosen, particles - 1), np.arange(w.shape[1])[None]]
-            filled.append(np.moveaxis(picked, 0, 1).reshape(-1, *self.schema.shape))
+            chosen = np.stack(
+                [np.searchsorted(h, p * h[-1]) for h, p in zip(heaped.T, points.T, strict=True)]
+            )
+            picked = np.asarray(x)[np.minimum(chosen, particles - 1), np.arange(count)[:, None]]
+            filled.append(picked.reshape(-1, *self.schema.shape))
         return np.concatenate(filled), np.concatenate(effective)
 
     def _table(self, names: Sequence[str], values: np.ndarray, source: str) -> Table:
@@ -347,8 +376,27 @@ def padded(rows: np.ndarray | None) -> np.ndarray | None:
     """Few rows repeated up to a power of two: few lengths, so that few programs are compiled."""
     if rows is None or not 0 < len(rows) <= _MOST_PADDED:
         return rows
-    length = max(_LEAST_PADDED, 1 << (len(rows) - 1).bit_length())
-    return rows[np.minimum(np.arange(length), len(rows) - 1)]
+    return rows[np.minimum(np.arange(_length(len(rows))), len(rows) - 1)]
+
+
+def _length(rows: int) -> int:
+    """The length that so many rows are padded to."""
+    return rows if rows > _MOST_PADDED else max(_LEAST_PADDED, 1 << (rows - 1).bit_length())
+
+
+def _with_new_texts(table: Table, rows: Table, draws: int) -> Table:
+    """The table with the texts of rows that are no levels of its own, as further levels."""
+    values, cells = table.values.copy(), list(table.cells)
+    for i, name in enumerate(table.names):
+        new = values[:, i] == UNSEEN
+        if cells[i].kind != "text" or not new.any():
+            continue
+        at = rows.names.index(name)
+        texts = np.repeat(rows.cells[at].decode(rows.values[:, at]), draws)[new].astype(str)
+        more, codes = np.unique(texts, return_inverse=True)
+        values[new, i] = len(cells[i].levels) + codes
+        cells[i] = replace(cells[i], levels=(*cells[i].levels, *map(str, more)))
+    return replace(table, values=values, cells=tuple(cells))
 
 
 def cast(values: np.ndarray | None, flow: AbstractDistribution) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from laminar._errors import InputError
 from laminar.mixed import ColumnLaw
 from laminar.tables.cells import Cells
-from laminar.tables.columns import Column
+from laminar.tables.columns import FINE, Column
 from laminar.tables.infer import check_declared, learn_column
 from laminar.tables.table import Table, listing
 
@@ -114,9 +114,9 @@ class Schema:
                 states.append(state)
                 terms = terms + term
             else:
-                keep = column.supports(x)
-                numbers.append(np.where(keep, column.standardise(x), 0.0))
-                terms = terms + np.where(keep, column.log_slope(x), -np.inf)
+                value, term = column.place(x)
+                numbers.append(value)
+                terms = terms + term
         z = np.stack(numbers, axis=1)
         return (np.stack([z, np.stack(states, axis=1)], axis=1) if self.mixed else z), terms
 
@@ -279,9 +279,7 @@ def learn_schema(
     )
     mixed = partial or spiked or any(c.modelled and not c.plain for c in columns)
     if mixed:
-        columns = tuple(
-            c if c.discrete else dataclasses.replace(c, resolution=0.0) for c in columns
-        )
+        columns = tuple(_exact(c, len(table)) if c.kind == "real" else c for c in columns)
     schema = Schema(columns, tuple(column(name, True) for name in given), table.names, mixed)
     if not schema.modelled:
         raise InputError(
@@ -289,6 +287,19 @@ def learn_schema(
             "fit; choose a column that varies."
         )
     return schema
+
+
+def _exact(column: Column, rows: int) -> Column:
+    """A real column as it is in a mixed table, where nothing is dequantised.
+
+    On a grid its values have the probabilities of cells; those of an irregular list are categories;
+    single ones that many rows share have a probability each.
+    """
+    if not column.discrete:
+        return dataclasses.replace(column, resolution=0.0)
+    if column.step > 0:
+        return dataclasses.replace(column, cell=True, fine=column.step < FINE * column.scale)
+    return dataclasses.replace(column, codes=column.levels, unseen=1.0 / (rows + 2))
 
 
 def dependent(z: np.ndarray) -> list[int]:
