@@ -30,7 +30,7 @@ DAY = 86_400
 @pytest.mark.parametrize(
     ("cells", "kind", "values"),
     [
-        (["1", "-2", " 3 ", "007"], "integer", [1, -2, 3, 7]),
+        (["1", "-2", " 3 ", "7"], "integer", [1, -2, 3, 7]),
         (["1", "2."], "number", [1, 2]),
         (["1", "2e0"], "number", [1, 2]),
         (["+1", "-.5", ""], "number", [1, -0.5, None]),
@@ -180,3 +180,22 @@ def test_any_text_survives(tmp_path, cells, name):
     table = read_table(tmp_path / "t.csv")
     assert table.names == (name, "row")
     assert table.decoded()[name].tolist() == column.tolist()
+
+
+def test_codes_with_leading_zeros_are_texts(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("zip,n\n01067,10\n10115,7\n80331,0\n")
+    table = read_table(path)
+    assert list(table.decoded()["zip"]) == ["01067", "10115", "80331"]
+    assert [cells.kind for cells in table.cells] == ["text", "integer"]
+    write_table(tmp_path / "again.csv", table)
+    assert list(read_table(tmp_path / "again.csv").decoded()["zip"]) == ["01067", "10115", "80331"]
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_decimal_commas_where_commas_do_not_separate(tmp_path, mark):
+    path = tmp_path / "t.csv"
+    path.write_text(f"price{mark}n\n103,20{mark}1\n-7{mark}2\n,5{mark}3\n{mark}4\n")
+    table = read_table(path)
+    np.testing.assert_array_equal(table.column("price"), [103.2, -7, 0.5, np.nan])
+    assert [cells.kind for cells in table.cells] == ["number", "integer"]

@@ -48,7 +48,10 @@ def find_origin(model: TableFlow, table: Table, meta: dict[str, Any]) -> Origin 
     if meta.get("rows") != len(table) or meta.get("weights") is not None:
         return None
     rng = np.random.default_rng(seed)
-    train, held = split(len(table), 0.1, rng)
+    share = meta.get("validation", 0.1)
+    if not isinstance(share, float) or not 0 < share < 1:
+        return None
+    train, held = split(len(table), share, rng)
     expected = baseline.get("log_density")
     if len(held) != score.get("rows") or not isinstance(expected, float):
         return None

@@ -37,7 +37,7 @@ def compare_table(
     columns, dequantised alike, and densities in the units of the table.
 
     Args:
-        table: Finite rows.
+        table: The rows; NaN where a cell is missing.
         flows: Names of flows, as `fit_table` takes them.
         given: Columns to condition on.
         kinds: What some columns are, as `fit_table` takes it.

@@ -69,6 +69,9 @@ class _Layout:
         )
 
 
+_ZEROS = re.compile(rb"""(?:^|[,;\t\r\n" ])0\d""")
+
+
 class _NotUtf8Error(Exception):
     """Some text is not UTF-8."""
 
@@ -98,6 +101,8 @@ def _read(layout: _Layout, wanted: list[str] | None, also: Sequence[str]) -> Tab
             raise _NotUtf8Error
         large = [name for name in names if _any_beyond(data[name])]
         again = [name for name in names if _shows_less(data[name].type)]
+        whole = [name for name in names if pa.types.is_integer(data[name].type)]
+        again += whole if whole and _has_zeros(layout) else []
         text = layout.parse([*large, *again], pa.string()) if large or again else {}
     except UnicodeError:
         raise _NotUtf8Error from None
@@ -108,16 +113,38 @@ def _read(layout: _Layout, wanted: list[str] | None, also: Sequence[str]) -> Tab
     columns = []
     for name in names:
         column, kind = data[name], data[name].type
-        if pa.types.is_time(kind):
-            columns.append(_from_text(text[name], name, path))
+        comma = layout.delimiter != ","
+        if pa.types.is_time(kind) or (name in again and _padded(text[name], kind)):
+            columns.append(_from_text(text[name], name, path, comma))
         elif pa.types.is_string(kind):
-            columns.append(_from_text(column, name, path))
-        elif name in again:
+            columns.append(_from_text(column, name, path, comma))
+        elif name in again and pa.types.is_timestamp(kind):
             values, cells = arrow_column(column, name, path)
             columns.append((values, replace(cells, zone=_zone(text[name]))))
         else:
             columns.append(arrow_column(column, name, path))
     return stacked(names, columns, data.num_rows, path)
+
+
+def _has_zeros(layout: _Layout) -> bool:
+    """Whether a cell somewhere may begin with a zero and go on with a digit."""
+    if layout.encoding == "utf-16":
+        return True
+    before = b""
+    with _open(layout.path, mode="rb") as file:
+        while block := file.read(1 << 24):
+            if _ZEROS.search(before + block):
+                return True
+            before = block[-3:]
+    return False
+
+
+def _padded(column: Any, kind: Any) -> bool:
+    """Whether whole numbers are written as codes are, such as the postcode 01067."""
+    pa, pc = arrow("compute")
+    if not pa.types.is_integer(kind):
+        return False
+    return bool(pc.any(pc.match_substring_regex(column, r"^\s*0\d+\s*$")).as_py())
 
 
 def _shows_less(kind: Any) -> bool:
@@ -233,8 +260,11 @@ def _csv_error(layout: _Layout, error: Exception) -> InputError:
 # ------------------------------------------------------------------------ columns that stayed text
 
 
-def _from_text(column: Any, name: str, path: str) -> Column:
-    """A column that Arrow took for text: that, or numbers, booleans or dates spelt unusually."""
+def _from_text(column: Any, name: str, path: str, comma: bool = False) -> Column:
+    """A column that Arrow took for text: that, or numbers, booleans or dates spelt unusually.
+
+    Where cells are not separated by commas, these may stand for decimal points.
+    """
     pa, pc = arrow("compute")
     indices, spelt = dictionary(column)
     counts = np.bincount(indices[indices >= 0], minlength=len(spelt))
@@ -244,7 +274,8 @@ def _from_text(column: Any, name: str, path: str) -> Column:
     if empty.all():
         return np.full(len(indices), np.nan), Cells()
     found = bare.take(pa.array(there))
-    for spelling in _SPELLINGS:
+    codes = _mask(pc.match_substring_regex(found, r"^0\d+$")).any()
+    for spelling in () if codes else (*(_COMMAS if comma else ()), *_SPELLINGS):
         fits = _mask(pc.match_substring_regex(found, spelling.pattern))
         if spelling.check is not None:
             matched = np.flatnonzero(fits)
@@ -281,6 +312,12 @@ def _typo(path: str, name: str, rows: np.ndarray, first: str, kind: str) -> Inpu
 def _numbers(texts: list[str]) -> Column:
     whole = all(text.lstrip("+-").isdecimal() for text in texts)
     return np.array([float(text) for text in texts]), Cells("integer" if whole else "number")
+
+
+def _with_commas(texts: list[str]) -> Column | None:
+    if not any("," in text for text in texts):
+        return None
+    return _numbers([text.replace(",", ".") for text in texts])
 
 
 def _booleans(texts: list[str]) -> Column:
@@ -325,6 +362,9 @@ _SPELLINGS = (
     _Spelling("", r"(?i)^(true|false)$", None, _booleans),
     _Spelling("a date", r"^\d{4}-\d\d-\d\d([T ].*)?$", _is_date, _dates),
 )
+
+
+_COMMAS = (_Spelling("a number", r"(?i)^[+-]?(\d+,?\d*|,\d+)(e[+-]?\d+)?$", None, _with_commas),)
 
 
 def _zone(column: Any) -> str:

@@ -102,8 +102,11 @@ def fit_table(
 
     Returns:
         The fitted flow, and a report that JSON can express: rows, columns, notes, the mean
-        held-out log-density in the user's units with its standard error, that of a Gaussian on the
-        same rows, and the course of training.
+        held-out log-density in the user's units with its standard error, that of a baseline on the
+        same rows (a Gaussian, or independent columns where the table is mixed), and the course of
+        training. The flow holds a calibration, by which strange rows are told: some of the rows
+        themselves are in it and in its file (``dataclasses.replace(model, calibration=None)`` is
+        the model without them).
 
     Raises:
         InputError: When rows or columns cannot be used; the message says which and why.
@@ -141,6 +144,7 @@ def fit_table(
         "weights": weights,
         "flow": flow,
         "seed": seed,
+        "validation": validation,
         "held_out": weighted_mean(log_p, data.part(data.held, noisy=False).weights),
         "mixed": schema.mixed,
         "baseline": _baseline(data),
