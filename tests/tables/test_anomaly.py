@@ -164,7 +164,7 @@ def test_tables_of_all_kinds(tmp_path):
         [
             generator.normal(size=count),
             generator.choice(3, count, p=[0.6, 0.39, 0.01]),
-            np.where(generator.random(count) < 0.2, np.nan, generator.integers(0, 9, count)),
+            np.where(generator.random(count) < 0.2, np.nan, generator.integers(0, 30, count)),
         ]
     )
     table = Table(("x", "kind", "n"), values, cells=(Cells(), text, Cells("integer")))

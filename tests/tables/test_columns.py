@@ -244,3 +244,21 @@ def test_conditions_at_and_beyond_their_ends_are_numbers():
 def test_a_declaration_may_not_make_the_table_impossible(values, cells, declared, words):
     with pytest.raises(InputError, match=words):
         column(values, cells, declared)
+
+
+def test_grades_are_told_one_by_one_and_counts_are_not():
+    grades = column(rng().integers(1, 6, 200), WHOLE)
+    assert grades.kind == "integer"
+    assert grades.law == ColumnLaw(5, None)
+    _, _, term = grades.encode(np.array([3.0, 6.0]))
+    np.testing.assert_allclose(np.exp(term), [201 / 202, 1 / 202])
+    assert column(rng().poisson(3, 400), WHOLE).law.value == "cells"
+
+
+def test_samples_have_the_digits_of_the_table():
+    prices = np.round(rng().lognormal(3, 1, 300), 2)
+    found = column(prices)
+    assert found.kind == "positive"
+    x = found.restore(rng().normal(size=500))
+    np.testing.assert_array_equal(x, np.round(x, 2))
+    assert (x > 0).all()

@@ -379,7 +379,14 @@ def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "T
         file, _ = split_key(spec)
         if not os.path.isfile(file) or table_suffix(file) in (".npy", ".npz"):
             return read_table(spec)  # its columns may have no names to be chosen by
+    unused = {column.name for column in schema.columns if column.kind == "ignored"}
     try:
-        return read_table(spec, columns=needed)
+        try:
+            return read_table(spec, columns=needed)
+        except UnknownColumnError:
+            if not unused:
+                raise
+            # An identifier is kept where it is there, and not needed.
+            return read_table(spec, columns=[name for name in needed if name not in unused])
     except UnknownColumnError as error:
         raise InputError(f"{error} The model {what}.") from None

@@ -167,14 +167,15 @@ def calibrate(
     held = held.take(_some(len(held), MOST_SCORES, rng))
     metric, background, points = None, None, np.zeros((0, 0), np.float32)
     log_p, distance = model.log_prob(held), np.full(len(held), np.nan)
-    some = train.take(_some(len(train), _most(MOST_POINTS, names), rng))
+    kept = tuple(column.name for column in schema.columns if column.kind != "ignored")
+    found = learn_metric(train, kept)
+    some = train.take(_some(len(train), _most(MOST_POINTS, found.width), rng))
     fitted = model.log_prob(some)
     own = np.full(len(some), np.nan)
     if not schema.given:
-        kept = tuple(column.name for column in schema.columns if column.kind != "ignored")
-        metric = learn_metric(train, kept)
+        metric = found
         points = metric(some).astype(np.float32)
-        background = _background(metric(train))
+        background = _background(points.astype(np.float64))
         own = nearest_distances(points, points, own=True)
         distance = _distance(metric, points, held)
     scale = np.array([*_middle(fitted), *_middle(own)])
@@ -187,7 +188,7 @@ def calibrate(
         scale,
         log_p,
         np.where(np.isnan(scores), -np.inf, scores),
-        held.values[_some(len(held), _most(MOST_ROWS, names), rng)],
+        held.values[_some(len(held), _most(MOST_ROWS, len(names)), rng)],
         names,
         held.cells,
     )
@@ -196,7 +197,13 @@ def calibrate(
 def _distance(metric: Metric, points: np.ndarray, rows: Table) -> np.ndarray:
     # In the precision of the points kept, so that equal rows are at distance zero.
     own = metric(rows).astype(points.dtype)
-    return nearest_distances(own, points)
+    found = nearest_distances(own, points)
+    same = found == 0
+    if same.any() and len(points) > 1:
+        # A row that is one of them is not its own neighbour; rows that were not seen in the fit
+        # are told alike, so that their ranks stay fair.
+        found[same] = nearest_distances(own[same], points, k=2)
+    return found
 
 
 def _background(points: np.ndarray) -> Background:
@@ -218,9 +225,9 @@ def _middle(values: np.ndarray) -> tuple[float, float]:
     return float(middle), float(spread if spread > 0 else np.std(values) or 1.0)
 
 
-def _most(rows: int, columns: tuple[str, ...]) -> int:
-    """So many rows, or fewer where there are many columns."""
-    return min(rows, max(_MOST_NUMBERS // len(columns), _LEAST_ROWS))
+def _most(rows: int, width: int) -> int:
+    """So many rows, or fewer where a row is long."""
+    return min(rows, max(_MOST_NUMBERS // width, _LEAST_ROWS))
 
 
 def _some(rows: int, most: int, rng: np.random.Generator) -> np.ndarray:

@@ -55,7 +55,7 @@ class Column:
         scale: One standardised unit.
         resolution: Width of the uniform noise that a real column of ties is dequantised with where
             all columns are real; zero where there are no ties.
-        step: Spacing of the grid that values lie on, or zero.
+        step: Spacing of the grid that values lie on and samples are rounded to, or zero.
         origin: A point of that grid.
         levels: Values that many rows share: all values of a discrete column without a grid; single
             ones of a real column.
@@ -228,6 +228,10 @@ class Column:
             x = _onto_grid(x, self.origin, self.step)
         if self.on_grid and (self.low, self.high) != (None, None):
             x = self._clipped(x)
+        if self.step > 0 and self.kind in ("positive", "bounded"):
+            # Rounding must not reach the ends, where there is no density.
+            x = np.maximum(x, (self.low or 0.0) + self.step)
+            x = x if self.high is None else np.minimum(x, self.high - self.step)
         if self.levels and self.kind == "real":
             levels = np.asarray(self.levels)
             right = np.clip(np.searchsorted(levels, x), 1, max(len(levels) - 1, 1))

@@ -18,6 +18,7 @@ from laminar.scores import (
 )
 from laminar.tables.anomaly import Detector
 from laminar.tables.explain import conditionals
+from laminar.tables.infer import looks_like_identifier
 from laminar.tables.metric import learn_metric
 from laminar.tables.table import Table, listing, unknown_column
 
@@ -112,7 +113,8 @@ def drift(
 
     Columns of numbers are compared by Kolmogorov–Smirnov, categories without an order by χ²; where
     cells are missing their share is compared too, and the column's p-value covers both. The kernel
-    two-sample test (MMD) compares whole rows, so that a change of dependence shows.
+    two-sample test (MMD) compares whole rows, so that a change of dependence shows. Identifiers and
+    free text are left out.
 
     Args:
         known: The rows to compare with.
@@ -129,11 +131,26 @@ def drift(
     for name in known.names:
         if name not in new.names:
             raise unknown_column(name, new.names, new.source)
+    kept = [name for name in known.names if not _identifies(known, new, name)]
+    if not kept:
+        raise InputError(
+            f"{known.source} has no column but identifiers or free text, which always differ; add "
+            "columns that can be compared."
+        )
+    known = known.select(kept)
     cells = dict(zip(known.names, known.cells, strict=True))
     new = new.select(known.names).align(cells)
     columns = [_compare(known, new, name) for name in known.names]
     rows = [_whole(known, new, seed, permutations)]
     return _report(known.source, len(known), new, level, columns, rows)
+
+
+def _identifies(known: Table, new: Table, name: str) -> bool:
+    """Whether a column holds identifiers or free text, which differ between any two tables."""
+    return all(
+        looks_like_identifier(table.cells[table.names.index(name)], table.column(name))
+        for table in (known, new)
+    )
 
 
 def drift_from(

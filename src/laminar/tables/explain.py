@@ -124,7 +124,7 @@ def quantiles(
     wanted = np.asarray(levels, dtype=np.float64)
     if not ((wanted > 0) & (wanted < 1)).all():
         raise InputError(f"Levels of quantiles lie between 0 and 1; got {list(levels)}.")
-    if not what.modelled or (what.states_only and what.kind != "boolean"):
+    if not what.modelled or (what.states_only and what.kind == "categorical"):
         raise InputError(f"Column {column!r} is {what.kind} and has no quantiles.")
     rows, known, evaluate = _prepared(model, rows, known)
     plan = _Plan(what, known.values[:, d])

@@ -20,6 +20,7 @@ from laminar.objectives import Batch, WithheldNLL, nll
 from laminar.preset import preset
 from laminar.tables.baselines import Rows, gaussian, independent
 from laminar.tables.calibration import calibrate
+from laminar.tables.frames import from_frame, is_frame
 from laminar.tables.model import TableFlow, cast
 from laminar.tables.schema import Schema, dependent, learn_schema
 from laminar.tables.table import Table
@@ -85,7 +86,8 @@ def fit_table(
     network, and is fitted once more to all rows after it has been scored.
 
     Args:
-        table: At least `MIN_ROWS` rows; NaN where a cell is missing.
+        table: At least `MIN_ROWS` rows, NaN where a cell is missing; or a frame of pandas, Polars
+            or Arrow.
         given: Columns to condition on: the density is that of the others given these.
         weights: The column of the rows' weights, which is not modelled.
         kinds: What some columns are, where it is not to be inferred: column name → kind, as
@@ -113,6 +115,7 @@ def fit_table(
         TrainingError: When training stays non-finite; rows have their numbers in the table.
     """
     begun = time.monotonic()
+    table = from_frame(table) if is_frame(table) else table
     train_flow = fit_auto if flow == "auto" else fit_named(flow)
     data = _prepare(table, tuple(given), weights, seed, validation, kinds, partial)
     for note in data.notes:

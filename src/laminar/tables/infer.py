@@ -38,6 +38,9 @@ _SMOOTHING = 0.01  # the least noise on values that many rows share, in units of
 _LARGEST = 1e150  # squares stay within float64
 _SPREAD = 3.0  # the most by which the standard deviation may exceed the robust scale
 _GAIN = 0.3  # nats a row by which a logarithm must look more normal
+_FEW_NUMBERS = 10  # whole numbers that are told one by one
+_ENDS = 0.04  # of the rows on the highest number of a scale, at least
+_DIGITS = 6  # after the point, that samples are rounded to at most
 _SURE = 50  # rows that all lie on a grid coarser than the whole numbers
 
 
@@ -124,10 +127,17 @@ def check_declared(kinds: Mapping[str, str], names: tuple[str, ...], source: str
         parse_kind(name, kind)
 
 
+def looks_like_identifier(cells: Cells, values: np.ndarray) -> bool:
+    """Whether a column of texts has many, most of them in one row only."""
+    there = values[~np.isnan(values)]
+    many = len(np.unique(there))
+    return cells.kind == "text" and many > FEW and 2 * many > len(there)
+
+
 def _kind(cells: Cells, distinct: np.ndarray, counts: np.ndarray, condition: bool) -> Kind:
     """What the cells say a column is."""
     if cells.kind == "text":
-        if len(distinct) > FEW and 2 * len(distinct) > counts.sum():
+        if looks_like_identifier(cells, np.repeat(distinct, counts)):
             return "ignored"
         return "ordinal" if cells.ordered and not condition else "categorical"
     return cells.kind if cells.kind in ("boolean", "integer", "datetime") else "real"
@@ -201,6 +211,13 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
     # On a fine grid a cell is as narrow as a density allows; a spike there needs its own state.
     fine = step < FINE * scale
     spikes = _heavy(*np.unique(there, return_counts=True)) if fine else ()
+    few = kind == "integer" and not ends and len(distinct) <= _FEW_NUMBERS
+    if few and len(there) >= _SURE and (there == distinct[-1]).mean() > _ENDS:
+        # Grades and the like, which do not thin out towards their highest number: one beyond those
+        # that occur is as new as a new category.
+        codes = tuple(map(float, distinct))
+        new = 1.0 / (len(there) + 2)
+        return Column(name, kind, 0.0, cells=cells, missing=missing, codes=codes, unseen=new)
     column = Column(
         name,
         kind,
@@ -247,6 +264,7 @@ def _continuous(
         if resolution > 0:
             # The noise is part of what is standardised, and may be wider than the bulk.
             scale = math.hypot(scale, resolution / math.sqrt(12.0))
+        step = step or _digits(distinct, typed)
         origin = float(distinct[0]) if step else 0.0
         grid = (resolution, step, origin, levels, discrete)
         return Column(name, "real", location, scale, *grid, **common)
@@ -255,6 +273,8 @@ def _continuous(
     # Values at the very ends have no logarithm; as many as there are make a spike of their own.
     edges = tuple(v for v in (low, high) if v is not None and (there == v).any())
     spikes = tuple(sorted({*edges, *(() if discrete else levels)}))
+    step = _digits(distinct, typed)
+    common |= {"step": step, "origin": float(distinct[0]) if step else 0.0}
     column = Column(name, kind, 0.0, levels=spikes, low=low, high=high, **common)
     if not column.supports(there).all():
         bad = float(there[~column.supports(there)][0])
@@ -271,6 +291,18 @@ def _continuous(
     t = column.standardise(inside)
     location, scale = _standard(t, t)
     return Column(name, kind, location, scale or 1.0, levels=spikes, low=low, high=high, **common)
+
+
+def _digits(distinct: np.ndarray, typed: bool) -> float:
+    """The grid that samples are rounded to, so that they have the digits of the table, or 0."""
+    if not typed or len(distinct) < _SURE:
+        return 0.0
+    step = grid_step(distinct)
+    if not step > 0 or round(step, _DIGITS) != step:
+        return 0.0
+    # A step that is rounded itself would move values that are many steps away.
+    steps = (distinct - distinct[0]) / step
+    return step if np.abs(steps - np.round(steps)).max() < 1e-3 else 0.0
 
 
 def _standard(seen: np.ndarray, there: np.ndarray) -> tuple[float, float]:

@@ -8,6 +8,9 @@ import numpy as np
 from laminar.tables.cells import Cells
 from laminar.tables.table import Table
 
+MOST_LEVELS = 64
+"""Categories of a column that have an indicator each; the rarer ones share one."""
+
 _FARTHEST = 1e6
 
 
@@ -24,7 +27,7 @@ class Metric(eqx.Module):
         location: Means, (D,).
         scale: Standard deviations, or the units of indicators; (D,).
         gap_scale: Units of the indicators of gaps, (D,); zero where there was no gap.
-        levels: For each column the numbers of its categories, or none for numbers.
+        levels: For each column the numbers of its most frequent categories, or none for numbers.
     """
 
     names: tuple[str, ...] = eqx.field(static=True)
@@ -32,6 +35,12 @@ class Metric(eqx.Module):
     scale: np.ndarray
     gap_scale: np.ndarray
     levels: tuple[np.ndarray, ...]
+
+    @property
+    def width(self) -> int:
+        """F, the length of a point."""
+        sizes = [len(found) + 1 if len(found) else 1 for found in self.levels]
+        return sum(sizes) + int((self.gap_scale > 0).sum())
 
     def __call__(self, rows: Table) -> np.ndarray:
         """Points (N, F), float64 and finite; what is beyond a million deviations is put there."""
@@ -72,7 +81,8 @@ def learn_metric(rows: Table, names: Sequence[str] | None = None) -> Metric:
             shares = counts / max(counts.sum(), 1)
             # Two rows differ with this chance, and then two indicators do.
             differ = 1.0 - float((shares**2).sum())
-            levels.append(found)
+            # Rare categories are one, so that a point stays short.
+            levels.append(np.sort(found[np.argsort(-counts, kind="stable")[:MOST_LEVELS]]))
             location.append(0.0)
             scale.append(np.sqrt(differ) if differ > 0 else 1.0)
         else:

@@ -15,6 +15,7 @@ from laminar.density import AbstractDistribution
 from laminar.mixed import WITHHELD, AutoregressiveDistribution
 from laminar.tables.calibration import Calibration
 from laminar.tables.cells import UNSEEN, CellError, Cells
+from laminar.tables.frames import from_frame, is_frame
 from laminar.tables.schema import Schema
 from laminar.tables.table import (
     Table,
@@ -183,6 +184,7 @@ class TableFlow(eqx.Module):
         """
         if draws < 1:
             raise InputError(f"The number of draws must be at least 1, not {draws}.")
+        rows = from_frame(rows) if is_frame(rows) else rows
         values, condition = self._split(rows, given)
         self._refuse_impossible(values, rows)
         events, _ = self.schema.encode(values)
@@ -193,6 +195,15 @@ class TableFlow(eqx.Module):
         kept = np.repeat(values, draws, axis=0)
         whole = np.where(np.isnan(kept), whole, kept)
         table = self._table(self.schema.names, whole, f"{rows.source}, filled in")
+        beside = [name for name in self.schema.given_names if name in rows.names]
+        if beside:
+            known = rows.select(beside)
+            table = Table(
+                (*table.names, *beside),
+                np.concatenate([table.values, np.repeat(known.values, draws, axis=0)], axis=1),
+                table.source,
+                cells=(*table.cells, *known.cells),
+            ).select([n for n in self.schema.order if n in (*table.names, *beside)])
         return _with_new_texts(table, rows, draws), effective
 
     def batch(self, rows: Table | np.ndarray, given: Given = None) -> tuple[Array, Array | None]:
@@ -207,7 +218,9 @@ class TableFlow(eqx.Module):
         values, condition = self._split(rows, given)
         if isinstance(rows, Table) and not self.schema.mixed:
             table = Table(self.schema.names, values, rows.source, rows=rows.rows)
-            refuse_non_finite(table.select([column.name for column in self.schema.modelled]))
+            table = table.select([column.name for column in self.schema.modelled])
+            if np.isnan(table.values).any():
+                refuse_non_finite(table)
         events, terms = self.schema.encode(values)
         return events, condition, terms
 
@@ -284,7 +297,7 @@ class TableFlow(eqx.Module):
             with np.errstate(invalid="ignore"):
                 effective.append(np.where(total > 0, total**2 / (w**2).sum(axis=0), 0.0))
             # Systematic resampling: one uniform number, and equal steps through the weights.
-            start = np.asarray(jr.uniform(choose_key, (len(padded(events[part])),)), np.float64)
+            start = np.asarray(jr.uniform(choose_key, (_length(count),)), np.float64)
             points = (start[None, :count] + np.arange(draws)[:, None]) / draws
             heaped = np.cumsum(w, axis=0)
             chosen = np.stack(
@@ -302,11 +315,20 @@ class TableFlow(eqx.Module):
     def _split(self, rows: Table | np.ndarray, given: Given) -> tuple[np.ndarray, Any]:
         """Columns of the rows, (N, D), and the standardised condition."""
         names, given_names = self.schema.names, self.schema.given_names
+        rows = from_frame(rows, "the frame of rows") if is_frame(rows) else rows
         if isinstance(rows, Table):
             known = rows.named or set(names) <= set(rows.names)
             table = rows if known else self._named(rows, given is None)
         else:
             table = self._named(array_table(rows, source="the array of rows"), given is None)
+        # What is ignored need not be there.
+        unused = [c.name for c in self.schema.columns if c.kind == "ignored"]
+        for name in unused:
+            if name not in table.names:
+                gone = np.full((len(table), 1), np.nan)
+                cells = (*table.cells, self.schema.cells[name])
+                values = np.concatenate([table.values, gone], axis=1)
+                table = replace(table, names=(*table.names, name), values=values, cells=cells)
         missing = [name for name in names if name not in table.names]
         if missing:
             error = unknown_column(missing[0], table.names, table.source)
@@ -351,7 +373,16 @@ class TableFlow(eqx.Module):
                     raise InputError(f"The condition has no value for {name!r}; give one.")
             cells = self.schema.cells
             values = np.array([[_number(name, given[name], cells[name]) for name in names]])
+            for column, x in zip(self.schema.given, values[0], strict=True):
+                known = (*column.codes, *column.rare)
+                if known and x not in known and not np.isnan(x):
+                    seen = listing([str(c) for c in column.cells.decode(np.array(column.codes))], 6)
+                    raise InputError(
+                        f"Column {column.name!r} has no category {given[column.name]!r}; it has "
+                        f"{seen}."
+                    )
         else:
+            given = from_frame(given, "the frame of given rows") if is_frame(given) else given
             if isinstance(given, Table):
                 table, known = given, given.named or set(names) <= set(given.names)
             else:

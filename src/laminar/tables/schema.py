@@ -167,8 +167,8 @@ class Schema:
         ignored = [c.name for c in self.columns if c.kind == "ignored"]
         if ignored:
             notes.append(
-                f"{_columns(ignored, 'looks', 'look')} like an identifier or free text, or "
-                "was declared ignored; left out of the density and empty in samples."
+                f"{_columns(ignored)} left out of the density and empty in samples: identifiers, "
+                "free text, or declared ignored."
             )
         unused = [c.name for c in self.given if not c.modelled]
         if unused:
