@@ -21,6 +21,7 @@ from laminar.cli.common import (
     output_table,
     print_table,
     read_for,
+    say_seen,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def detect(
 
         detector = load_detector(model)
         rows = read_for(detector.model, model, table)
+        say_seen(detector, rows)
         found = detector.detect(rows, fdr, storey=storey, confidence=confidence)
         order = found.order
         reasons = detector.explain(rows.take(order[:top])) if top and len(order) else []

@@ -364,6 +364,16 @@ def load_detector(path: str) -> "Detector":
     return Detector.of(io.load(path), path)
 
 
+def say_seen(detector: "Detector", rows: "Table") -> None:
+    """Remark that p-values mean little for rows that the model was fitted to."""
+    seen = int(detector.calibration.seen(rows).sum())
+    if 2 * seen > len(rows):
+        say(
+            f"note: {seen:,} of {len(rows):,} rows are among those that the model was fitted to; "
+            "p-values are for new rows, and these look less strange than they are."
+        )
+
+
 def read_for(model: "TableFlow", path: str, spec: str, given: bool = True) -> "Table":
     """The columns of a table that a model needs."""
     from laminar.tables.read import read_table, split_key, table_suffix

@@ -23,6 +23,7 @@ from laminar.cli.common import (
     pairs_of,
     read_for,
     say,
+    say_seen,
     with_error,
 )
 
@@ -68,7 +69,9 @@ def score(
         _ignored_conditions(flow, rows)
         columns = {"row": rows.rows, "log_density": log_p}
         if explain:
-            columns |= _explained(load_detector(model), rows, top)
+            detector = load_detector(model)
+            say_seen(detector, rows)
+            columns |= _explained(detector, rows, top)
         write_table(out, columns)
         outside = int(np.isneginf(log_p).sum())
         mean = weighted_mean(log_p)

@@ -105,6 +105,12 @@ class Calibration(eqx.Module):
             return np.full(len(rows), np.nan)
         return _distance(self.metric, self.points, rows)
 
+    def seen(self, rows: Table) -> np.ndarray:
+        """Whether rows equal training rows that are kept, (N,); all False where none are."""
+        if self.metric is None:
+            return np.zeros(len(rows), dtype=bool)
+        return nearest_distances(self.metric(rows).astype(self.points.dtype), self.points) == 0
+
     def background_log_prob(self, rows: Table) -> np.ndarray:
         """Log-densities under the background, per unit of the metric; NaN without one."""
         if self.metric is None or self.background is None:
