@@ -156,6 +156,9 @@ def _print_fit(table: str, out: str, report: dict[str, Any]) -> None:
         f"columns, {report['seconds']:.1f} s"
     )
     print(f"held-out log-density   {with_error(report['held_out'])}")
+    kinds = list(report["kinds"].values())
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    print(f"columns: {counted} (laminar info has each; --kind says it otherwise)")
     name = report["baseline"]["name"]
     print(f"{name:<22} {with_error(report['baseline'])}")
     print(f"({report['held_out_rows']:,} rows held out; nats a row, in the table's units)")

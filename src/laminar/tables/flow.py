@@ -142,6 +142,7 @@ def fit_table(
         "train_rows": len(data.train),
         "held_out_rows": len(data.held),
         "columns": list(schema.names),
+        "kinds": {column.name: column.kind for column in (*schema.columns, *schema.given)},
         "dimensions": len(schema.modelled),
         "given": list(given),
         "weights": weights,
