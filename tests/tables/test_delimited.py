@@ -199,3 +199,15 @@ def test_decimal_commas_where_commas_do_not_separate(tmp_path, mark):
     table = read_table(path)
     np.testing.assert_array_equal(table.column("price"), [103.2, -7, 0.5, np.nan])
     assert [cells.kind for cells in table.cells] == ["number", "integer"]
+
+
+@pytest.mark.parametrize(
+    "cells", [[1.5, None, 3.25], ["a, b", None, 'say "c"'], [True, None, False], [None, 2, None]]
+)
+def test_missing_cells_of_a_single_column_are_rows(tmp_path, cells):
+    path = tmp_path / "t.csv"
+    write_table(path, {"x": np.array(cells, object)})
+    table = read_table(path)
+    assert len(table) == 3
+    found = [None if c is None or c != c else c for c in table.decoded()["x"]]
+    assert found == cells

@@ -213,9 +213,20 @@ def _npz_entry(archive: Any, name: str, path: str) -> np.ndarray:
 
 
 def _write_csv(stream: IO[bytes], data: Any, delimiter: str = ",") -> None:
-    _, csv = arrow("csv")
+    pa, csv, pc = arrow("csv", "compute")
+    spelt = _spelt(data)
+    if spelt.num_columns == 1 and spelt.column(0).null_count:
+        # A line without anything would be no row: an empty cell of a single column needs quotes.
+        import csv as text
+
+        cells = pc.cast(spelt.column(0), pa.string()).to_pylist()
+        lines = io.StringIO()
+        writer = text.writer(lines, delimiter=delimiter, lineterminator="\n")
+        writer.writerows([[spelt.column_names[0]], *([cell] for cell in cells)])
+        stream.write(lines.getvalue().encode())
+        return
     options = csv.WriteOptions(delimiter=delimiter, quoting_style="needed")
-    csv.write_csv(_spelt(data), stream, options)
+    csv.write_csv(spelt, stream, options)
 
 
 def _write_tsv(stream: IO[bytes], data: Any) -> None:
