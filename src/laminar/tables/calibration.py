@@ -170,12 +170,12 @@ def calibrate(
     schema, rng = model.schema, np.random.default_rng([seed, 5])
     names = (*schema.names, *schema.given_names)
     train, held = (table.select(names).align(schema.cells) for table in (train, held))
-    held = held.take(_some(len(held), MOST_SCORES, rng))
+    held = held.take(some_rows(len(held), MOST_SCORES, rng))
     metric, background, points = None, None, np.zeros((0, 0), np.float32)
     log_p, distance = model.log_prob(held), np.full(len(held), np.nan)
     kept = tuple(column.name for column in schema.columns if column.kind != "ignored")
     found = learn_metric(train, kept)
-    some = train.take(_some(len(train), _most(MOST_POINTS, found.width), rng))
+    some = train.take(some_rows(len(train), _most(MOST_POINTS, found.width), rng))
     fitted = model.log_prob(some)
     own = np.full(len(some), np.nan)
     if not schema.given:
@@ -194,7 +194,7 @@ def calibrate(
         scale,
         log_p,
         np.where(np.isnan(scores), -np.inf, scores),
-        held.values[_some(len(held), _most(MOST_ROWS, len(names)), rng)],
+        held.values[some_rows(len(held), _most(MOST_ROWS, len(names)), rng)],
         names,
         held.cells,
     )
@@ -236,5 +236,6 @@ def _most(rows: int, width: int) -> int:
     return min(rows, max(_MOST_NUMBERS // width, _LEAST_ROWS))
 
 
-def _some(rows: int, most: int, rng: np.random.Generator) -> np.ndarray:
+def some_rows(rows: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of all rows, or of so many drawn at random, in order."""
     return np.arange(rows) if rows <= most else np.sort(rng.choice(rows, most, replace=False))

@@ -17,6 +17,7 @@ from laminar.scores import (
     uniform_test,
 )
 from laminar.tables.anomaly import Detector
+from laminar.tables.calibration import some_rows
 from laminar.tables.explain import conditionals
 from laminar.tables.infer import looks_like_identifier
 from laminar.tables.metric import learn_metric
@@ -187,7 +188,7 @@ def drift_from(
     log_p = model.log_prob(new)
     new = new.select(known.names).align(dict(zip(known.names, known.cells, strict=True)))
     columns = [_compare(known, new, column) for column in known.names]
-    few = [t.take(_some(len(t), _TRANSFORMED, rng)) for t in (known, new)]
+    few = [t.take(some_rows(len(t), _TRANSFORMED, rng)) for t in (known, new)]
     known_u, new_u = (conditionals(model, t, known).transforms(rng) for t in few)
     for d, column in enumerate(model.schema.columns):
         if column.modelled:
@@ -214,7 +215,7 @@ def model_fit(detector: Detector, seed: int = 0) -> list[Comparison]:
     """
     rng = np.random.default_rng(seed)
     known = detector.calibration.table
-    few = known.take(_some(len(known), _TRANSFORMED, rng))
+    few = known.take(some_rows(len(known), _TRANSFORMED, rng))
     u = conditionals(detector.model, few, known).transforms(rng)
     tests = [
         _test(column.name, "PIT", uniform_test(u[:, d]))
@@ -290,7 +291,3 @@ def _report(
     ordered = sorted(tests[: len(columns)], key=lambda t: (np.isnan(t.p_value), t.p_value))
     rest = tuple(tests[len(columns) :])
     return DriftReport(known, new.source, known_rows, len(new), level, tuple(ordered), rest)
-
-
-def _some(rows: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    return np.arange(rows) if rows <= most else np.sort(rng.choice(rows, most, replace=False))

@@ -154,6 +154,19 @@ def _prepared(
     return rows, known, evaluate
 
 
+def _scorer(
+    d: int, rows: np.ndarray, evaluate: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The log-density of rows with cells (N, G) in column d, (N, G)."""
+
+    def score(cells: np.ndarray) -> np.ndarray:
+        altered = np.repeat(rows, cells.shape[1], axis=0)
+        altered[:, d] = cells.reshape(-1)
+        return evaluate(altered).reshape(cells.shape)
+
+    return score
+
+
 def _bucket(rows: int) -> int:
     """The least of 256, 1024, 4096, … that is not below a number of rows."""
     size = _LEAST_BUCKET
@@ -246,12 +259,7 @@ def _column(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The log of p(x_d | x_−d), the probability below and that of the cell itself, each (N,)."""
     own = rows[:, d]
-
-    def score(cells: np.ndarray) -> np.ndarray:
-        altered = np.repeat(rows, cells.shape[1], axis=0)
-        altered[:, d] = cells.reshape(-1)
-        return evaluate(altered).reshape(cells.shape)
-
+    score = _scorer(d, rows, evaluate)
     atoms, log_atoms, is_atom = plan.atoms, np.zeros((len(rows), 0)), np.zeros(len(rows), bool)
     if len(atoms):
         log_atoms = score(np.broadcast_to(atoms, (len(rows), len(atoms))))
@@ -358,12 +366,7 @@ def _inverted(
     wanted: np.ndarray,
 ) -> np.ndarray:
     """Where the conditional distribution functions of rows reach levels, (N, Q)."""
-
-    def score(cells: np.ndarray) -> np.ndarray:
-        altered = np.repeat(rows, cells.shape[1], axis=0)
-        altered[:, d] = cells.reshape(-1)
-        return evaluate(altered).reshape(cells.shape)
-
+    score = _scorer(d, rows, evaluate)
     count = len(rows)
     atoms = plan.atoms[~np.isnan(plan.atoms)]
     log_atoms = np.zeros((count, 0))

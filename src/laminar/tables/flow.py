@@ -35,11 +35,8 @@ MIN_ROWS = 20
 """Fewer rows than this are not fitted."""
 
 _MOST_HELD_OUT = 50_000
-_DECAY, _EPOCHS, _BATCH = (
-    6_000.0,
-    60,
-    256,
-)  # of mixed rows: decay times rows, passes, and their size
+_DECAY = 6_000.0  # of mixed rows: weight decay times rows
+_EPOCHS, _BATCH = 60, 256  # of mixed rows: passes, and rows in a step
 _SMALL = 5_000  # rows; fewer get narrower networks
 _FOR_SAMPLING = ("planar", "radial", "sylvester")  # which score fast only when told
 
