@@ -25,14 +25,14 @@ DISCRETE = (
     ColumnLaw(3, None),
     ColumnLaw(1, "cells", 0.7, 0.1, 0.1, 0.1 + 0.7 * 4),
     ColumnLaw(2, None, gap=True),
-    ColumnLaw(3, "cells", 0.5, 0.0, -6.0, 6.0, gap=True),
+    ColumnLaw(3, "cells", 0.5, 0.0, -6.0, 6.0, gap=True, heavy=True),
 )
 MIXED = (
     ColumnLaw(1, "density"),
     ColumnLaw(4, None),
     ColumnLaw(3, "density", gap=True),
     ColumnLaw(1, "cells", 0.3, 0.0, 0.0, None),
-    ColumnLaw(2, "density"),
+    ColumnLaw(2, "density", heavy=True),
 )
 
 
@@ -189,6 +189,29 @@ def test_small_cells_keep_their_digits():
         cells = law.log_prob(np.where([[[False, False], [False, True]]], WITHHELD, x))
         dense = law.log_prob(np.where([[[False, False], [True, False]]], WITHHELD, x))
     np.testing.assert_allclose(cells, np.asarray(dense) + np.log(width), atol=1e-6)
+
+
+def test_heavy_tails_fall_as_powers():
+    """A density and cells whose logarithm falls with the logarithm, and that sum to one."""
+    laws = (ColumnLaw(1, "density", heavy=True), ColumnLaw(1, "cells", 0.5, 0.0, heavy=True))
+    with jax.enable_x64():
+        law = autoregressive_distribution(laws, key=jr.key(0), width=8, depth=1)
+        t = np.linspace(-30, 30, 60_001)
+        beyond = np.maximum(np.abs(t) - 4, 0)
+        x = np.sign(t) * (np.minimum(np.abs(t), 4) + np.expm1(beyond))
+        rows = np.zeros((len(t), 2, 2))
+        rows[:, 0], rows[:, 1] = x[:, None], [0, WITHHELD]
+        mass = np.exp(law.log_prob(rows) + beyond).sum() * (t[1] - t[0])
+        assert mass == pytest.approx(1, abs=1e-6)
+        far = np.array([[[0.0, v], [WITHHELD, 0]] for v in (1e3, 1e6)])
+        near, further = np.asarray(law.log_prob(far))
+        exponent = (further - near) / (np.log(1e6) - np.log(1e3))
+        assert -1 - 1.1 * np.pi / np.sqrt(3) < exponent < -1
+        drawn, log_p = law.sample_and_log_prob(jr.key(1), (500,))
+        np.testing.assert_allclose(law.log_prob(drawn), log_p, rtol=1e-9)
+    # In single precision the cells far out have lost their own ends.
+    single = autoregressive_distribution(laws, key=jr.key(0), width=8, depth=1)
+    np.testing.assert_allclose(single.log_prob(far), [near, further], rtol=1e-3)
 
 
 def test_withholding_trains_every_part_and_compares_whole_rows():

@@ -41,6 +41,7 @@ WITHHELD = -1
 _LINEAR = 4.0  # values within it reach the network as they are, beyond it as their logarithm
 _LOGISTIC_SD = math.pi / math.sqrt(3.0)
 _MOST_LOG_SCALE = 8.0
+_MOST_LOG = 80.0  # of a softened value beyond that
 _BLURRED = 64.0  # of a value's rounding: cells narrower than that have lost their digits
 
 
@@ -56,6 +57,8 @@ class ColumnLaw:
         low: The lowest point, whose cell goes down to −∞; None where there is none.
         high: The highest point, likewise.
         gap: Whether the last state is that of a missing cell.
+        heavy: Whether the law may have tails that fall as powers. Beyond ±4 its template then
+            sees ±(4 + ln(1 + |x| − 4)), in which an exponential tail is that of a power.
     """
 
     states: int = 1
@@ -65,6 +68,7 @@ class ColumnLaw:
     low: float | None = None
     high: float | None = None
     gap: bool = False
+    heavy: bool = False
 
     def __post_init__(self):
         if self.states < 1 + self.gap:
@@ -185,12 +189,16 @@ class AutoregressiveDistribution(AbstractDistribution):
 
     def _value_terms(self, params, value, tables, kind):
         """Ln p of values in their columns: of a density, or of a cell."""
+        heavy = tables["heavy"]
         if kind == "density":
-            z, log_det = self.template.inverse_kernel(params, value)
-            return jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) + log_det
+            near, warp = _heavy(value, heavy)
+            z, log_det = self.template.inverse_kernel(params, near)
+            return jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) + log_det + warp
         half = 0.5 * tables["width"]
-        below, slope = self.template.inverse_kernel(params, value - half)
-        above, _ = self.template.inverse_kernel(params, value + half)
+        left, warp = _heavy(value - half, heavy)
+        right, _ = _heavy(value + half, heavy)
+        below, slope = self.template.inverse_kernel(params, left)
+        above, _ = self.template.inverse_kernel(params, right)
         lowest, highest = value - half < tables["low"], value + half > tables["high"]
         # The cells at the ends of the support are open: their other side is not looked at.
         gap = jnp.where(lowest | highest, 1.0, below - above)
@@ -202,8 +210,8 @@ class AutoregressiveDistribution(AbstractDistribution):
             + jnp.where(lowest, 0.0, jax.nn.log_sigmoid(-below))
         )
         # Far out a cell is narrower than the rounding of its ends: a density times its width.
-        blurred = 2 * half < _BLURRED * jnp.finfo(value.dtype).eps * jnp.abs(value)
-        density = jax.nn.log_sigmoid(below) + jax.nn.log_sigmoid(-below) + slope
+        blurred = right - left < _BLURRED * jnp.finfo(value.dtype).eps * jnp.abs(left)
+        density = jax.nn.log_sigmoid(below) + jax.nn.log_sigmoid(-below) + slope + warp
         thin = density + jnp.log(jnp.where(half > 0, 2 * half, 1))
         term = jnp.where(blurred & ~lowest & ~highest, thin, term)
         outside = (value + half < tables["low"]) | (value - half > tables["high"])
@@ -256,6 +264,7 @@ class AutoregressiveDistribution(AbstractDistribution):
                 own = theta[logits:] + expand(template.params, theta.ndim)
                 noise = jr.logistic(value_key, batch, x.dtype)
                 drawn = template.forward_kernel(own, noise)[0]
+                drawn = jnp.where(at["heavy"], _hardened(drawn), drawn)
                 if "cells" in kinds:
                     drawn = jnp.where(at["cells"], _onto_grid(drawn, at), drawn)
                 here = at["valued"] & (state == 0)
@@ -303,10 +312,65 @@ class AutoregressiveDistribution(AbstractDistribution):
         rows = (key, x, batch, condition, cond_batch, target, None)
         return apply_to_rows(_completed, "forward", self, *rows)
 
+    def cumulative(self, x: ArrayLike, condition: Condition = None) -> tuple[Array, Array]:
+        """What is probable below each column's place, and at it, given the columns before.
+
+        A column's states come in the order of their numbers, and its values lie within state 0.
+        With U uniform, ``below + U · at`` is uniform and independent of the columns before if rows
+        follow this law (Rosenblatt 1952); so it is for a column that is withheld.
+
+        Args:
+            x: Events ``batch + (2, D)``.
+            condition: ``batch + cond_shape``.
+
+        Returns:
+            Probabilities ``batch + (D,)`` below and at, the latter zero where there is a density.
+        """
+        x, batch = self._check_event(x, self.shape, "x")
+        condition, cond_batch = self._check_condition(condition)
+        target = broadcast(self.name, batch, cond_batch)
+        rows = (None, x, batch, condition, cond_batch, target, None)
+        return apply_to_rows(_cumulative, "inverse", self, *rows)
+
+    def _cumulative(self, x, condition=None):
+        value, state = x[0], x[1]
+        params = self.net.parameters(self.net.units(self._seen(value, state), condition))
+        tables, logits = _tables(self.laws, value), logits_of(self.laws)
+        below, at = jnp.zeros_like(value), jnp.zeros_like(value)
+        if any(law.value for law in self.laws):
+            own = params[logits:] + expand(self.template.params, params.ndim)
+
+            def probability(value):
+                near, _ = _heavy(value, tables["heavy"])
+                return jax.nn.sigmoid(self.template.inverse_kernel(own, near)[0])
+
+            left, right = value - 0.5 * tables["width"], value + 0.5 * tables["width"]
+            below = jnp.where(left < tables["low"], 0, probability(left))
+            above = jnp.where(right > tables["high"], 1, probability(right))
+            at = jnp.where(tables["width"] > 0, above - below, 0)
+        if logits:
+            counts = jnp.asarray([self._open(law) for law in self.laws], value.dtype)
+            row = expand(jnp.arange(logits, dtype=value.dtype), value.ndim + 1)
+            used = row < expand(counts, value.ndim)[None]
+            lowest = jnp.finfo(value.dtype).min
+            p = jnp.where(used, jax.nn.softmax(jnp.where(used, params[:logits], lowest), axis=0), 0)
+            valued = expand(jnp.asarray([law.value is not None for law in self.laws]), value.ndim)
+            within = valued & (state == 0)
+            own = jnp.where(row == state[None], p, 0).sum(0)
+            before = jnp.where(row < state[None], p, 0).sum(0)
+            below = jnp.where(within, own * below, before)
+            at = jnp.where(within, own * at, own)
+        withheld = state < 0
+        return jnp.where(withheld, 0, below), jnp.where(withheld, 1, at)
+
 
 def _completed(dist, key, rows, x, condition):
     filled, terms = dist._complete(key, x, condition)
     return filled, jnp.where(x[1] >= 0, terms, 0).sum(0)
+
+
+def _cumulative(dist, key, rows, x, condition):
+    return dist._cumulative(x, condition)
 
 
 def autoregressive_distribution(
@@ -402,6 +466,18 @@ def _softened(value: Array) -> Array:
     return jnp.where(excess > 0, jnp.sign(value) * (_LINEAR + jnp.log1p(excess)), value)
 
 
+def _hardened(value: Array) -> Array:
+    """The inverse of `_softened`; what would overflow ends far out."""
+    excess = jnp.clip(jnp.abs(value) - _LINEAR, 0, _MOST_LOG)
+    return jnp.where(excess > 0, jnp.sign(value) * (_LINEAR + jnp.expm1(excess)), value)
+
+
+def _heavy(value: Array, heavy: Array) -> tuple[Array, Array]:
+    """The value as a template sees it, and the logarithm of the slope of that."""
+    slope = -jnp.log1p(jnp.maximum(jnp.abs(value) - _LINEAR, 0))
+    return jnp.where(heavy, _softened(value), value), jnp.where(heavy, slope, 0)
+
+
 def _pick(logits: Array, state: Array, states: Any) -> Array:
     """The log-probability of a state among the first `states`; zero where withheld."""
     row = expand(jnp.arange(logits.shape[0], dtype=state.dtype), logits.ndim)
@@ -435,7 +511,8 @@ def _tables(laws: Sequence[ColumnLaw], like: Array) -> dict[str, Array]:
         "low": [-math.inf if law.low is None else law.low for law in laws],
         "high": [math.inf if law.high is None else law.high for law in laws],
     }
-    return {name: expand(jnp.asarray(v, like.dtype), like.ndim) for name, v in lists.items()}
+    made = {name: expand(jnp.asarray(v, like.dtype), like.ndim) for name, v in lists.items()}
+    return made | {"heavy": expand(jnp.asarray([law.heavy for law in laws]), like.ndim)}
 
 
 def _where(laws: Sequence[ColumnLaw], test) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Frames with texts, dates and gaps, in and out of all four estimators."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -49,3 +51,29 @@ def test_a_classifier_sees_names(people):
     gaps = X.assign(number=[None, *X["number"][1:]])
     with pytest.raises(InputError, match="'number'"):
         model.predict(gaps)
+
+
+def test_a_classifier_takes_names_without_an_order_and_gaps():
+    """Every second of twelve names is of one class, the more surely if a number is missing."""
+    rng = np.random.default_rng(0)
+    town = rng.integers(0, 12, 900)
+    gone = rng.random(900) < 0.3
+    y = rng.random(900) < np.where(town % 2 == 0, 0.8, 0.2) + np.where(gone, 0.15, -0.15)
+    number = np.where(gone, np.nan, rng.normal(size=900))
+    X = pd.DataFrame({"town": [f"town {k:02d}" for k in town], "number": number})
+    model = FlowClassifier(random_state=0).fit(X, y)
+    sure = np.where(town % 2 == 0, 0.8, 0.2) + np.where(gone, 0.15, -0.15)
+    assert np.abs(model.predict_proba(X)[:, 1] - sure).mean() < 0.08
+    p = np.exp(model.class_log_prob(X[gone][:1].assign(town="town 00")))
+    towns = pd.DataFrame({"town": sorted(set(X["town"])), "number": [np.nan] * 12})
+    both = np.exp(model.class_log_prob(towns)).sum(0)
+    # With the number missing the twelve names are nearly all that there is.
+    assert (p < both).all()
+    assert (np.abs(both - model_share(gone, y)) < 0.1).all()
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301
+    np.testing.assert_array_equal(again.predict_proba(X), model.predict_proba(X))
+
+
+def model_share(gone, y):
+    """How often the number is missing in each class."""
+    return np.array([gone[~y].mean(), gone[y].mean()])

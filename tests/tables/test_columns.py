@@ -262,3 +262,13 @@ def test_samples_have_the_digits_of_the_table():
     x = found.restore(rng().normal(size=500))
     np.testing.assert_array_equal(x, np.round(x, 2))
     assert (x > 0).all()
+
+
+def test_values_far_out_ask_for_heavy_tails():
+    rng = np.random.default_rng(0)
+    counts = np.floor(np.exp(rng.normal(2, 2, 500)))
+    whole = Cells("integer")
+    assert learn_column("visits", counts, cells=whole, typed=True).law.heavy
+    assert not learn_column("visits", rng.poisson(9, 500) * 1.0, cells=whole, typed=True).law.heavy
+    # Spikes are told apart, and a logarithm has no far values left.
+    assert not learn_column("cost", np.exp(rng.normal(2, 2, 500)), typed=True).law.heavy

@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 from scipy.stats import kstest, multivariate_normal, norm, poisson
 
 from laminar._errors import InputError
-from laminar.tables.cells import Cells
+from laminar.tables.cells import Cells, datetime_column
 from laminar.tables.explain import conditionals, quantiles
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table
@@ -196,6 +196,17 @@ def test_quantiles_where_the_law_jumps():
     np.testing.assert_allclose(found, [*below, 0, 0, *above], atol=0.02)
     counts = quantiles(model, row.take(np.array([0])), table, "k", (0.1, 0.5, 0.99))[0]
     np.testing.assert_array_equal(counts, poisson.ppf([0.1, 0.5, 0.99], 3))
+
+
+def test_quantiles_of_dates_are_dates():
+    days, cells = datetime_column(20_000 + np.arange(400), np.zeros(400, bool), "D")
+    table = Table(("when",), days[:, None], cells=(cells,))
+    law = norm(days.mean(), 60.0)
+    model = known(table, lambda x: law.logpdf(x[:, 0]))
+    found = quantiles(model, table.take(np.arange(1)), table, "when", (0.1, 0.5))
+    expected = cells.decode(np.rint(law.ppf([0.1, 0.5])))
+    assert found.dtype == expected.dtype
+    assert (np.abs(found[0] - expected) <= np.timedelta64(1, "D")).all()
 
 
 def test_what_has_no_quantiles_is_refused():

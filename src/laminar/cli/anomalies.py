@@ -27,8 +27,8 @@ from laminar.cli.common import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from laminar.tables.anomaly import Reason
     from laminar.tables.drift import DriftReport
+    from laminar.tables.explain import Reason
 
 _SHOWN = 10  # rows and tests that are printed
 
@@ -69,7 +69,7 @@ def detect(
     at_least("--top", top, 0)
     if out is not None:
         output_table(out, model, table)
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "looking for strange rows"):
         from laminar.tables.read import write_table
 
         detector = load_detector(model)
@@ -243,7 +243,7 @@ def _drift(known: str, new: str, level: float, seed: int, no_cache: bool) -> "Dr
 
         table = read_table(known)
         return compare(table, read_table(new, columns=table.names), level=level, seed=seed)
-    with jax_session(model_precision(known), no_cache):
+    with jax_session(model_precision(known), no_cache, "comparing"):
         from laminar.tables.drift import drift_from
 
         detector = load_detector(known)
@@ -283,7 +283,7 @@ def impute(
     at_least("--draws", draws, 1)
     check_seed(seed)
     output_table(out, model, table)
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "imputing"):
         import jax.random as jr
         import numpy as np
 

@@ -256,8 +256,16 @@ def output_table(path: str, *inputs: str) -> None:
 
 
 @contextlib.contextmanager
-def jax_session(precision: Precision, no_cache: bool = False) -> Iterator[None]:
-    """Set the precision, and keep compiled programs for the next run; all settings are put back."""
+def jax_session(
+    precision: Precision, no_cache: bool = False, doing: str | None = None
+) -> Iterator[None]:
+    """Set the precision, and keep compiled programs for the next run; all settings are put back.
+
+    Args:
+        precision: Of all computation.
+        no_cache: Whether to neither read nor keep compiled programs.
+        doing: What a terminal shows meanwhile; nothing where the command shows its own progress.
+    """
     import jax
 
     with contextlib.ExitStack() as stack:
@@ -265,6 +273,24 @@ def jax_session(precision: Precision, no_cache: bool = False) -> Iterator[None]:
         if directory is not None:
             stack.enter_context(_compilation_cache(directory))
         stack.enter_context(jax.enable_x64(precision == "float64"))
+        if doing is not None:
+            stack.enter_context(_working(doing))
+        yield
+
+
+@contextlib.contextmanager
+def _working(doing: str) -> Iterator[None]:
+    """A line on standard error that moves, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    shown = Spinner("dots", f"{doing} …")
+    # What is printed on standard output must not be turned to standard error.
+    with Live(shown, console=Console(stderr=True), transient=True, redirect_stdout=False):
         yield
 
 

@@ -188,7 +188,7 @@ def export(
     The density and the sampler become programs that run on JAX alone, and table.py calls them in
     the units of the table.
     """
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "exporting"):
         from laminar.tables.export import export_table
 
         folder = export_table(load_model(model), out)

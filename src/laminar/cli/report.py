@@ -41,7 +41,7 @@ def report(
     """
     check_seed(seed)
     output_file(out, model, table)
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "writing the report"):
         import jax.random as jr
 
         from laminar.io import read_header
@@ -83,7 +83,7 @@ def plot(
     for other in (model, table):
         if same_file(out, other):
             raise InputError(f"--out {out} is the input itself; choose another file.")
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "drawing"):
         import jax.random as jr
 
         from laminar.io import read_header

@@ -59,7 +59,7 @@ def score(
 
     at_least("--top", top, 0)
     output_table(out, model, table)
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "scoring"):
         from laminar.tables.flow import weighted_mean
         from laminar.tables.read import write_table
 
@@ -120,7 +120,7 @@ def sample(
         raise InputError(f"-n must be at least 1, not {n}.")
     check_seed(seed)
     output_table(out, model, *(g for g in given or () if "=" not in g))
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "sampling"):
         import jax.random as jr
 
         from laminar.tables.read import write_table
@@ -196,7 +196,7 @@ def check(
     medians of its given columns. The exit status is 1 when a check fails.
     """
     check_seed(seed)
-    with jax_session(model_precision(model), no_cache):
+    with jax_session(model_precision(model), no_cache, "checking"):
         import jax.numpy as jnp
         import jax.random as jr
 

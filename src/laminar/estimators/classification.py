@@ -13,8 +13,11 @@ from laminar.density import AbstractDistribution
 from laminar.distributions import MultivariateNormal
 from laminar.estimators.common import average, check_is_fitted, seed_of, weights_of
 from laminar.estimators.rows import RowReader
+from laminar.tables.baselines import Rows
+from laminar.tables.cells import Cells
+from laminar.tables.flow import MIN_ROWS, fit_mixed
 from laminar.tables.frames import to_frame
-from laminar.tables.model import cast, padded
+from laminar.tables.model import TableFlow, cast, padded
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table, refuse_non_finite
 from laminar.train.density import DensityHistory, fit_density, refit
@@ -38,10 +41,14 @@ class FlowClassifier(ClassifierMixin, RowReader):
     leaves the prediction, the most probable class, as it is. The densities are then fitted again
     to all rows, where that takes no training of networks.
 
+    A frame with texts, whole numbers beside them, or gaps has one law of mixed rows for all
+    classes, conditional on the class (`laminar.mixed`): exact probabilities of names, and missing
+    cells that count with the probability that they are missing.
+
     Args:
         priors: The probabilities π of the classes, in the order of `classes_`; None takes their
             weight in the training rows.
-        time_limit: Seconds for each class, roughly, or None.
+        time_limit: Seconds for each density, roughly, or None.
         validation: Share of each class's rows that the temperature is fitted to.
         random_state: An integer makes the fit repeatable.
 
@@ -49,6 +56,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
         classes_: The classes, (K,).
         priors_: Their probabilities, (K,).
         densities_: The density of each class, of standardised rows.
+        model_: In their place, of a frame of mixed rows, their density given the class.
         temperature_: T.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, where the rows of `fit` had names.
@@ -63,7 +71,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
         Guo et al. (2017), "On calibration of modern neural networks".
     """
 
-    _models = ("densities_",)
+    _models = ("densities_", "model_")
 
     def __init__(
         self,
@@ -88,7 +96,8 @@ class FlowClassifier(ClassifierMixin, RowReader):
         """Fit the densities and the temperature.
 
         Args:
-            X: Rows (N, C): an array, or a frame, of texts and dates too; no cell may be missing.
+            X: Rows (N, C): an array, in which no cell may be missing, or a frame, of texts and
+                dates too.
             y: Classes (N,).
             sample_weight: Non-negative weights (N,); classes without weight are left out.
 
@@ -100,11 +109,11 @@ class FlowClassifier(ClassifierMixin, RowReader):
             raise InputError("FlowClassifier requires y to be passed, but the target y is None.")
         table, y = self._read(X, y, reset=True, least=2, ensure_all_finite=True)
         check_classification_targets(y)
-        refuse_non_finite(table)
-        self._names, X = table.names, table.values
-        w = weights_of(sample_weight, X)
-        index = np.arange(len(X)) if w is None else np.flatnonzero(w > 0)
-        X, y, w = X[index], y[index], np.ones(len(X))[index] if w is None else w[index]
+        w = weights_of(sample_weight, table.values)
+        w = np.ones(len(table)) if w is None else w
+        index = np.flatnonzero(w > 0)
+        table, y, w = table.take(index), y[index], w[index] / w[index].mean()
+        self._names = table.names
         self.classes_, code = np.unique(y, return_inverse=True)
         self.priors_ = self._checked_priors(np.bincount(code, weights=w))
         if not 0 < self.validation < 1:
@@ -112,22 +121,27 @@ class FlowClassifier(ClassifierMixin, RowReader):
                 f"FlowClassifier: validation is {self.validation}; give a share between 0 and 1."
             )
         seed = seed_of(self.random_state)
-        z = self._standardised(X, seed)
-        w = w / w.mean()
         rng = np.random.default_rng([seed, 1])
-        held = np.zeros(len(z), dtype=bool)
+        held = np.zeros(len(table), dtype=bool)
         for k in range(len(self.classes_)):
             mine = rng.permutation(np.flatnonzero(code == k))
             held[mine[: int(self.validation * len(mine))] if len(mine) >= _FEW else []] = True
-        pooled = _within(z, code, w)
-        first = [
-            self._density(k, z, code, w, ~held, pooled, seed) for k in range(len(self.classes_))
-        ]
-        self.densities_ = tuple(density for density, _ in first)
         self.temperature_ = 1.0
-        if held.any() and len(self.classes_) > 1:
-            logits = self._logits(z[held])
-            self.temperature_ = best_temperature(logits, code[held], w[held])
+        self._together = self._typed and learn_schema(table).mixed
+        if self._together:
+            self._fit_together(table, code, w, held, seed)
+        else:
+            self._fit_apart(table, code, w, held, seed)
+        return self
+
+    def _fit_apart(self, table: Table, code, w, held, seed: int) -> None:
+        """A density for each class, and the temperature."""
+        refuse_non_finite(table)
+        z = self._standardised(table.values, seed)
+        pooled, several = _within(z, code, w), range(len(self.classes_))
+        first = [self._density(k, z, code, w, ~held, pooled, seed) for k in several]
+        self.densities_ = tuple(density for density, _ in first)
+        self._cool(self._class_log_prob(z[held]), code[held], w[held])
         everything = np.ones(len(z), dtype=bool)
         again = []
         for k, (density, history) in enumerate(first):
@@ -138,7 +152,32 @@ class FlowClassifier(ClassifierMixin, RowReader):
                 density = refit(history, z[mine], weights=w[mine])
             again.append(density)
         self.densities_ = tuple(again)
-        return self
+
+    def _fit_together(self, table: Table, code, w, held, seed: int) -> None:
+        """The law of mixed rows given the class, and the temperature."""
+        if len(table) < MIN_ROWS:
+            raise InputError(
+                f"FlowClassifier: X has n_samples={len(table)} rows of mixed columns, and fitting "
+                f"needs at least {MIN_ROWS}."
+            )
+        both = self._beside_class(table, code)
+        label = both.names[-1]
+        schema = learn_schema(both, (label,))
+        kept = both.take(np.flatnonzero(~held))
+        rows = Rows(
+            schema.encode(kept.select(schema.names).values)[0],
+            schema.condition(kept.select((label,)).values),
+            None if (w == w[0]).all() else w[~held] / w[~held].mean(),
+        )
+        options = {"noise": schema.noise, "validation": self.validation, "progress": False}
+        trained = fit_mixed(schema)(seed, rows, time_limit=self.time_limit, **options)
+        self.model_ = TableFlow(trained.flow, schema)
+        self._cool(self._given_class(table.take(np.flatnonzero(held))), code[held], w[held])
+
+    def _cool(self, class_log_prob: np.ndarray, code: np.ndarray, w: np.ndarray) -> None:
+        """Fit the temperature to rows held out, where there are any."""
+        if len(code) and len(self.classes_) > 1:
+            self.temperature_ = best_temperature(class_log_prob + np.log(self.priors_), code, w)
 
     def class_log_prob(self, X: Any) -> np.ndarray:
         """The log-density of each row under each class, ln p(x | k), in nats, (N, K).
@@ -146,8 +185,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
         In the units of the columns; constant columns are left out, and a row in which one has
         another value scores −inf.
         """
-        z, terms = self._encoded(X)
-        return self._class_log_prob(z) + terms[:, None]
+        return np.add(*self._each(X))
 
     def score_samples(self, X: Any) -> np.ndarray:
         """The log-density of each row whatever its class, ln Σ_k π_k p(x | k), (N,)."""
@@ -160,7 +198,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """The calibrated ln P(k | x), (N, K)."""
-        logits = self._logits(self._encoded(X)[0]) / self.temperature_
+        logits = (self._each(X)[0] + np.log(self.priors_)) / self.temperature_
         # Where a row is impossible under every class, nothing but the prior is known of it.
         lost = np.isneginf(logits).all(axis=1)
         logits[lost] = np.log(self.priors_)
@@ -219,20 +257,9 @@ class FlowClassifier(ClassifierMixin, RowReader):
             if not len(found):
                 raise InputError(f"FlowClassifier has no class {label!r}.")
             code = np.full(n_samples, found[0])
-        z = np.empty((n_samples, len(self._schema.modelled)))
-        for k, key in enumerate(jr.split(jr.key(seed), len(self.classes_))):
-            mine = np.flatnonzero(code == k)
-            if len(mine):
-                z[mine] = np.asarray(self.densities_[k].sample(key, (len(mine),)))
-        rows = self._schema.decode(z, seed=seed)
-        if self._like is None:
-            return rows, self.classes_[code]
-        cells = tuple(self._cells.values()) if self._typed else None
-        for column, own in zip(rows.T, cells or (), strict=False):
-            if own.levels:
-                column[:] = np.clip(column, 0, len(own.levels) - 1)
-        drawn = Table(self._names, rows, "the samples", cells=cells)  # pyright: ignore[reportArgumentType]
-        return to_frame(drawn, self._like), self.classes_[code]
+        drawn = (self._draw_together if self._together else self._draw_apart)(code, seed)
+        rows = drawn.values if self._like is None else to_frame(drawn, self._like)
+        return rows, self.classes_[code]
 
     # ------------------------------------------------------------------------------------ inside
 
@@ -249,16 +276,55 @@ class FlowClassifier(ClassifierMixin, RowReader):
 
     def _standardised(self, X: np.ndarray, seed: int) -> np.ndarray:
         """Standardised rows with noise on ties; learns the columns."""
-        # The codes of names are taken as whole numbers, so that noise tells them apart.
         self._schema = learn_schema(Table(self._names, X, "X", named=False))
         z, _ = self._schema.encode(X)
         return z + self._schema.noise * np.random.default_rng(seed).uniform(-0.5, 0.5, z.shape)
 
-    def _encoded(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _each(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ln p(x | k) of rows (N, K), and what their units bring to all classes alike (N, 1)."""
         check_is_fitted(self)
         table, _ = self._read(X, ensure_all_finite=True)
+        if self._together:
+            columns = self.model_.schema.columns
+            refuse_non_finite(table.select([c.name for c in columns if not c.missing]))
+            return self._given_class(table), np.zeros((len(table), 1))
         refuse_non_finite(table)
-        return self._schema.encode(table.values)
+        z, terms = self._schema.encode(table.values)
+        return self._class_log_prob(z), terms[:, None]
+
+    def _beside_class(self, table: Table, code: np.ndarray) -> Table:
+        """The table with the class of each row as one more column, the last."""
+        name = "class"
+        while name in table.names:
+            name += "'"
+        cells = Cells("text", levels=tuple(f"{k:06d}" for k in range(len(self.classes_))))
+        values = np.column_stack([table.values, np.broadcast_to(code, len(table))])
+        names, cells = (*table.names, name), (*table.cells, cells)
+        return Table(names, values, table.source, table.named, table.rows, cells)
+
+    def _given_class(self, table: Table) -> np.ndarray:
+        """Ln p(x | k) of mixed rows, (N, K), in the units of the columns."""
+        classes = np.arange(len(self.classes_))
+        each = [self.model_.log_prob(self._beside_class(table, np.array(k))) for k in classes]
+        return np.stack(each, axis=1)
+
+    def _draw_together(self, code: np.ndarray, seed: int) -> Table:
+        """Mixed rows of some classes."""
+        nothing = Table(self._names, np.zeros((len(code), len(self._names))), "the classes")
+        given = self._beside_class(nothing, code)
+        label = given.names[-1]
+        return self.model_.sample(jr.key(seed), 1, given=given.select((label,))).select(self._names)
+
+    def _draw_apart(self, code: np.ndarray, seed: int) -> Table:
+        """Rows of some classes, each from its own density."""
+        z = np.empty((len(code), len(self._schema.modelled)))
+        for k, key in enumerate(jr.split(jr.key(seed), len(self.classes_))):
+            mine = np.flatnonzero(code == k)
+            if len(mine):
+                z[mine] = np.asarray(self.densities_[k].sample(key, (len(mine),)))
+        rows = self._schema.decode(z, seed=seed)
+        cells = tuple(self._cells.values()) if self._typed else None
+        return Table(self._names, rows, "the samples", cells=cells)  # pyright: ignore[reportArgumentType]
 
     def _density(
         self, k: int, z, code, w, use, pooled, seed
@@ -275,9 +341,6 @@ class FlowClassifier(ClassifierMixin, RowReader):
             time_limit=self.time_limit,
             progress=False,
         )
-
-    def _logits(self, z: np.ndarray) -> np.ndarray:
-        return self._class_log_prob(z) + np.log(self.priors_)
 
     def _class_log_prob(self, z: np.ndarray) -> np.ndarray:
         each = [density.log_prob(cast(padded(z), density)) for density in self.densities_]

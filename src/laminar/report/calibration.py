@@ -15,8 +15,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from laminar._params import Frozen
@@ -25,7 +23,7 @@ from laminar.conditional import ConditionalMixture
 from laminar.density import encode_rows
 from laminar.distributions import Logistic, MultivariateNormal, Normal, StudentT, Uniform
 from laminar.flow import Flow
-from laminar.mixed import AutoregressiveDistribution, logits_of
+from laminar.mixed import AutoregressiveDistribution
 from laminar.mixtures import GaussianMixture, IsotropicMixture, Mixture, assemble_factors
 from laminar.report.axes import lowered
 from laminar.scores.conformal import holm
@@ -157,7 +155,8 @@ def latent_uniforms(
             u[rows] = latent_uniforms(parts[k], np.asarray(x)[rows], some, rng)
         return u
     if isinstance(model, AutoregressiveDistribution):
-        return _of_mixed(model, x, condition, rng)
+        below, at = (np.asarray(p, np.float64) for p in model.cumulative(x, condition))
+        return np.clip(below + rng.uniform(size=at.shape) * at, 0.0, 1.0)
     x = np.asarray(x, np.float64)
     if isinstance(model, GaussianMixture | ConditionalMixture):
         return _of_gaussians(model, x, condition, rng)
@@ -181,46 +180,6 @@ def _of_base(base: Any, x: np.ndarray) -> np.ndarray:
             return stats.t.cdf(z, np.asarray(base.df, np.float64))
         return (stats.logistic if isinstance(base, Logistic) else stats.norm).cdf(z)
     raise NoLatentError(f"{base.name} has no independent entries with a distribution function.")
-
-
-def _of_mixed(
-    model: AutoregressiveDistribution,
-    x: ArrayLike,
-    condition: ArrayLike | None,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """The place of each column's state, and of its value within state 0, among all there are."""
-    events = jnp.moveaxis(jnp.asarray(x, model.dtype), 0, -1)
-    if condition is not None:
-        condition = jnp.asarray(condition, model.dtype).T
-    params = model.net.parameters(model.net.units(model._seen(*events), condition))
-    value, state = np.asarray(events, np.float64)
-    logits, offset = logits_of(model.laws), model.template.params
-    u = np.empty(value.shape)
-    for d, law in enumerate(model.laws):
-        within = rng.uniform(size=len(value[d]))
-        if law.value is not None:
-
-            def cdf(at, own=params[logits:, d] + offset[:, None]):
-                z, _ = model.template.inverse_kernel(own, jnp.asarray(at, model.dtype))
-                return np.asarray(jax.nn.sigmoid(z), np.float64)
-
-            half = 0.5 * law.width if law.value == "cells" else 0.0
-            low, high = cdf(value[d] - half), cdf(value[d] + half)
-            if law.value == "cells" and law.low is not None:
-                low = np.where(value[d] - half < law.low, 0.0, low)
-            if law.value == "cells" and law.high is not None:
-                high = np.where(value[d] + half > law.high, 1.0, high)
-            within = np.where(state[d] == 0, low + within * (high - low), within)
-        p = np.ones((1, len(within)))
-        if law.states > 1:
-            p = np.asarray(jax.nn.softmax(params[: law.states, d], axis=0), np.float64)
-        numbers = np.arange(law.states)[:, None]
-        known = state[d] >= 0
-        before = np.where(known, (p * (numbers < state[d])).sum(0), 0.0)
-        mass = np.where(known, (p * (numbers == state[d])).sum(0), 1.0)
-        u[d] = before + mass * within
-    return np.clip(u.T, 0.0, 1.0)
 
 
 def _of_gaussians(

@@ -6,7 +6,7 @@ import numpy as np
 
 from laminar.report.views import cell_text
 from laminar.tables.anomaly import Detector
-from laminar.tables.explain import NODES, conditionals
+from laminar.tables.explain import NODES, Conditionals, Reason, conditionals, reasons
 from laminar.tables.model import TableFlow
 from laminar.tables.table import Table
 
@@ -84,7 +84,7 @@ def find_anomalies(model: TableFlow, table: Table, count: int, *, new: bool = Tr
     if model.calibration is None or not new:
         log_p = model.log_prob(table)
         order = _lowest(log_p, count)
-        causes = _causes(model, table, order)
+        why = _reasons(model, table, order)
         p = np.full(len(order), np.nan)
         p_values = listed = None
     else:
@@ -92,17 +92,18 @@ def find_anomalies(model: TableFlow, table: Table, count: int, *, new: bool = Tr
         found = detector.detect(table)
         log_p, p_values, listed = found.scores.log_density, found.scores.p_value, found.listed.sum()
         order = _lowest(found.scores.score, count)
-        chosen = table.take(order)
-        causes = [
-            [Cause(r.column, _text(chosen, i, r.column), r.excess) for r in reasons]
-            for i, reasons in enumerate(detector.explain(chosen, _CAUSES))
-        ]
+        why = detector.explain(table.take(order), _CAUSES)
         p = p_values[order]
     # The detector's own model may be an earlier fit; what is shown is what the model says.
     shown = model.log_prob(table.take(order)) if len(order) else log_p[order]
     rows = [
-        Strange(int(table.rows[at]), float(own), None if np.isnan(q) else float(q), why)
-        for at, own, q, why in zip(order, shown, p, causes, strict=True)
+        Strange(
+            int(table.rows[at]),
+            float(own),
+            None if np.isnan(q) else float(q),
+            [Cause(r.column, _text(table, at, r.column), r.excess) for r in each],
+        )
+        for at, own, q, each in zip(order, shown, p, why, strict=True)
     ]
     return Anomalies(
         rows,
@@ -119,7 +120,7 @@ def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
     return there[np.argsort(scores[there], kind="stable")[:count]]
 
 
-def _causes(model: TableFlow, table: Table, strange: np.ndarray) -> list[list[Cause]]:
+def _reasons(model: TableFlow, table: Table, strange: np.ndarray) -> list[list[Reason]]:
     """The cells that make rows at some positions strange beside others of their table."""
     rng = np.random.default_rng(0)
     most = int(np.clip(_EVALUATIONS // (NODES * len(model.schema.columns)), 20, 200))
@@ -127,22 +128,9 @@ def _causes(model: TableFlow, table: Table, strange: np.ndarray) -> list[list[Ca
     # One call for both, so that what it compiles serves both.
     chosen = np.concatenate([strange, known[:most]])
     found = conditionals(model, table.take(chosen), table.take(known))
-    own, usual = found.log_p[: len(strange)], found.log_p[len(strange) :]
-    with np.errstate(invalid="ignore"):
-        surprise = _median(usual) - own
-    rows, causes = table.take(strange), []
-    for i, nats in enumerate(surprise):
-        order = np.argsort(-np.nan_to_num(nats, nan=-np.inf, posinf=1e300))[:_CAUSES]
-        names = [(found.names[d], float(nats[d])) for d in order if nats[d] > 0]
-        causes.append([Cause(name, _text(rows, i, name), value) for name, value in names])
-    return causes
-
-
-def _median(log_p: np.ndarray) -> np.ndarray:
-    """Medians of columns, what is NaN left out; NaN for a column of nothing else."""
-    return np.array(
-        [np.median(own[~np.isnan(own)]) if (~np.isnan(own)).any() else np.nan for own in log_p.T]
-    )
+    parts = (slice(len(strange)), slice(len(strange), None))
+    own, usual = (Conditionals(found.names, *(a[part] for a in found[1:])) for part in parts)
+    return reasons(own, usual, _CAUSES)
 
 
 def _text(rows: Table, row: int, column: str) -> str:

@@ -28,7 +28,7 @@ from laminar.scores import (
     typicality,
 )
 from laminar.tables.calibration import Calibration, calibrate
-from laminar.tables.explain import NODES, Conditionals, conditionals
+from laminar.tables.explain import NODES, Conditionals, Reason, conditionals, reasons
 from laminar.tables.flow import fit_table, split
 from laminar.tables.latent import latent_log_tail
 from laminar.tables.model import TableFlow
@@ -69,23 +69,6 @@ class Scored(NamedTuple):
     log_density: np.ndarray
     score: np.ndarray
     p_value: np.ndarray
-
-
-class Reason(NamedTuple):
-    """Why a row is strange, for one of its columns.
-
-    Attributes:
-        column: Its name.
-        log_p: ln p(x_d | x_−d): of the cell given the others of the row.
-        excess: How many nats less that is than for the median calibration row; it ranks columns
-            of all kinds and units alike.
-        p_value: The rank of `log_p` among the calibration rows, as a p-value.
-    """
-
-    column: str
-    log_p: float
-    excess: float
-    p_value: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,27 +224,7 @@ class Detector(eqx.Module):
         if not len(rows):
             return []
         found = conditionals(self.model, rows, known.table)
-        usual = self._usual(len(found.names))
-        with np.errstate(invalid="ignore"):
-            excess = _medians(usual.log_p) - found.log_p
-        p = np.stack(
-            [
-                conformal_p_values(own, _told(known_d))
-                for own, known_d in zip(found.log_p.T, usual.log_p.T, strict=True)
-            ],
-            axis=1,
-        )
-        reasons = []
-        for row in range(len(rows)):
-            order = np.argsort(-np.nan_to_num(excess[row], nan=-np.inf, posinf=1e300))
-            chosen = [d for d in order[:top] if excess[row, d] > 0]
-            reasons.append(
-                [
-                    Reason(found.names[d], *(float(a[row, d]) for a in (found.log_p, excess, p)))
-                    for d in chosen
-                ]
-            )
-        return reasons
+        return reasons(found, self._usual(len(found.names)), top)
 
     def _usual(self, columns: int) -> Conditionals:
         """Conditional log-densities of some calibration rows."""
@@ -309,15 +272,3 @@ def fit_detector(
     model = TableFlow(model.flow, model.schema)
     found = calibrate(model, train, table.take(held), seed=seed)
     return Detector(model, found), {**report, "calibration_rows": len(found.scores)}
-
-
-def _medians(log_p: np.ndarray) -> np.ndarray:
-    """The median of each column, what is NaN left out; NaN where there is nothing else."""
-    told = [own[~np.isnan(own)] for own in log_p.T]
-    return np.array([np.median(own) if len(own) else np.nan for own in told])
-
-
-def _told(log_p: np.ndarray) -> np.ndarray:
-    """The values that are there; one of −inf stands in where there is none."""
-    told = log_p[~np.isnan(log_p)]
-    return told if len(told) else np.array([-np.inf])

@@ -70,6 +70,7 @@ class Column:
         unseen: The probability of a category that was not there, or of all values off the grid.
         cell: Whether values on the grid count with the probabilities of their cells.
         fine: Whether these are so narrow that a density times the step stands for them.
+        heavy: Whether values lie so far out that a mixed table's law needs tails of powers.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Column:
     unseen: float = 0.0
     cell: bool = False
     fine: bool = False
+    heavy: bool = False
 
     @property
     def modelled(self) -> bool:
@@ -127,13 +129,14 @@ class Column:
             return ColumnLaw(count, None, gap=self.missing)
         states = 1 + len(self.spikes) + self.missing
         if not self.on_grid or self.fine:
-            return ColumnLaw(states, "density", gap=self.missing)
+            return ColumnLaw(states, "density", gap=self.missing, heavy=self.heavy)
         low, high, origin = (
             None if v is None else (v - self.location) / self.scale
             for v in (self.low, self.high, self.origin)
         )
         width = self.step / self.scale
-        return ColumnLaw(states, "cells", width, origin or 0.0, low, high, self.missing)
+        ends = (low, high)
+        return ColumnLaw(states, "cells", width, origin or 0.0, *ends, self.missing, self.heavy)
 
     # ---------------------------------------------------------------------------- numbers
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from laminar._errors import InputError
+from laminar.scores import conformal_p_values
 from laminar.tables.columns import Column
 from laminar.tables.flow import TableFlow
 from laminar.tables.table import Table, unknown_column
@@ -58,6 +59,58 @@ class Conditionals(NamedTuple):
         """Probability integral transforms (N, D), uniform if the model is right (jumps drawn)."""
         u = self.below + rng.random(self.at.shape) * self.at
         return np.clip(u, 0.0, 1.0)
+
+
+class Reason(NamedTuple):
+    """Why a row is strange, for one of its columns.
+
+    Attributes:
+        column: Its name.
+        log_p: ln p(x_d | x_−d): of the cell given the others of the row.
+        excess: How many nats less that is than for the median of usual rows; it ranks columns
+            of all kinds and units alike.
+        p_value: The rank of `log_p` among the usual rows, as a p-value.
+    """
+
+    column: str
+    log_p: float
+    excess: float
+    p_value: float
+
+
+def reasons(found: Conditionals, usual: Conditionals, top: int) -> list[list[Reason]]:
+    """The columns that make rows strange beside usual ones, the worst first.
+
+    Args:
+        found: Of the rows.
+        usual: Of rows like those that the model was fitted to, the more the better.
+        top: At most so many columns for each row.
+
+    Returns:
+        For each row its columns, only those with a positive excess.
+    """
+    known = [own[~np.isnan(own)] for own in usual.log_p.T]
+    medians = np.array([np.median(own) if len(own) else np.nan for own in known])
+    with np.errstate(invalid="ignore"):
+        excess = medians - found.log_p
+    p = [
+        # Where nothing is usual, nothing is stranger than that.
+        conformal_p_values(own, among if len(among) else np.array([-np.inf]))
+        for own, among in zip(found.log_p.T, known, strict=True)
+    ]
+    result = []
+    for row, nats in enumerate(excess):
+        order = np.argsort(-np.nan_to_num(nats, nan=-np.inf, posinf=1e300))[:top]
+        result.append(
+            [
+                Reason(
+                    found.names[d], *(float(v) for v in (found.log_p[row, d], nats[d], p[d][row]))
+                )
+                for d in order
+                if nats[d] > 0
+            ]
+        )
+    return result
 
 
 def conditionals(model: TableFlow, rows: Table, known: Table) -> Conditionals:
@@ -110,8 +163,9 @@ def quantiles(
         levels: Probabilities between 0 and 1.
 
     Returns:
-        The least values that are not exceeded with these probabilities, given that the cell is not
-        missing, (N, Q) in the user's units; NaN where the other cells are impossible.
+        The least cells that are not exceeded with these probabilities, given that the cell is not
+        missing, (N, Q), as the user writes them: numbers, moments (datetime64) or categories;
+        missing ones (NaN, NaT or None) where the other cells are impossible.
 
     Raises:
         InputError: If there is no such column, it has no order, or a level is no probability.
@@ -133,7 +187,7 @@ def quantiles(
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         found[part] = _inverted(plan, d, rows.values[part], evaluate, wanted)
-    return found
+    return schema.cells[column].decode(found.reshape(-1)).reshape(found.shape)
 
 
 def _prepared(

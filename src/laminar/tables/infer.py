@@ -38,6 +38,7 @@ _SMOOTHING = 0.01  # the least noise on values that many rows share, in units of
 _LARGEST = 1e150  # squares stay within float64
 _SPREAD = 3.0  # the most by which the standard deviation may exceed the robust scale
 _GAIN = 0.3  # nats a row by which a logarithm must look more normal
+_FAR = 10.0  # in scales from the middle: values beyond it speak of heavy tails
 _FEW_NUMBERS = 10  # whole numbers that are told one by one
 _ENDS = 0.04  # of the rows on the highest number of a scale, at least
 _DIGITS = 6  # after the point, that samples are rounded to at most
@@ -90,8 +91,13 @@ def learn_column(
     if kind in ("boolean", "categorical") or (len(distinct) == 1 and missing):
         return _categorical(name, kind, cells, missing, distinct, counts)
     if kind in ("integer", "datetime", "ordinal"):
-        return _counted(name, kind, cells, missing, there, seen, ends, condition)
-    return _continuous(name, kind, cells, missing, there, seen, ends, condition, typed)
+        column = _counted(name, kind, cells, missing, there, seen, ends, condition)
+    else:
+        column = _continuous(name, kind, cells, missing, there, seen, ends, condition, typed)
+    if condition or column.states_only:
+        return column
+    z = column.standardise(seen[~np.isin(seen, column.spikes)])
+    return dataclasses.replace(column, heavy=bool((np.abs(z) > _FAR).any()))
 
 
 def parse_kind(name: str, declared: str | None) -> tuple[Kind | None, tuple[float, ...]]:
