@@ -214,6 +214,26 @@ def test_heavy_tails_fall_as_powers():
     np.testing.assert_allclose(single.log_prob(far), [near, further], rtol=1e-3)
 
 
+def test_what_is_probable_below_agrees_with_the_density():
+    law = dist(DISCRETE)
+    rows = every_row(DISCRETE)
+    below, at = (np.asarray(p) for p in law.cumulative(rows))
+    # Each cell's own probability, and all below it, of the columns one after the other.
+    np.testing.assert_allclose(np.log(at).sum(1), law.log_prob(rows), atol=1e-4)
+    assert (below + at < 1 + 1e-5).all()
+    first = {tuple(r[:, 0]): (b, a) for r, b, a in zip(rows, below[:, 0], at[:, 0], strict=True)}
+    ends = np.array(sorted(first.values()))
+    np.testing.assert_allclose(ends[:, 0], np.r_[0, np.cumsum(ends[:-1, 1])], atol=1e-5)
+    # Outside the support, where a number is lost, and where nothing is said.
+    outside = np.zeros((3, 2, 4))
+    outside[0, 0, 1], outside[1, 0, 1], outside[2, 1] = 50.0, np.nan, WITHHELD
+    below, at = (np.asarray(p) for p in law.cumulative(outside))
+    assert below[0, 1] == pytest.approx(1)
+    assert at[0, 1] == 0
+    assert np.isnan(at[1, 1])
+    np.testing.assert_array_equal([below[2], at[2]], [[0] * 4, [1] * 4])
+
+
 def test_withholding_trains_every_part_and_compares_whole_rows():
     law = dist(MIXED)
     x = law.sample(jr.key(0), (64,))

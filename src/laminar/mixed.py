@@ -191,12 +191,12 @@ class AutoregressiveDistribution(AbstractDistribution):
         """Ln p of values in their columns: of a density, or of a cell."""
         heavy = tables["heavy"]
         if kind == "density":
-            near, warp = _heavy(value, heavy)
+            near, warp = _warped(value, heavy)
             z, log_det = self.template.inverse_kernel(params, near)
             return jax.nn.log_sigmoid(z) + jax.nn.log_sigmoid(-z) + log_det + warp
         half = 0.5 * tables["width"]
-        left, warp = _heavy(value - half, heavy)
-        right, _ = _heavy(value + half, heavy)
+        left, warp = _warped(value - half, heavy)
+        right, _ = _warped(value + half, heavy)
         below, slope = self.template.inverse_kernel(params, left)
         above, _ = self.template.inverse_kernel(params, right)
         lowest, highest = value - half < tables["low"], value + half > tables["high"]
@@ -339,15 +339,13 @@ class AutoregressiveDistribution(AbstractDistribution):
         below, at = jnp.zeros_like(value), jnp.zeros_like(value)
         if any(law.value for law in self.laws):
             own = params[logits:] + expand(self.template.params, params.ndim)
-
-            def probability(value):
-                near, _ = _heavy(value, tables["heavy"])
-                return jax.nn.sigmoid(self.template.inverse_kernel(own, near)[0])
-
-            left, right = value - 0.5 * tables["width"], value + 0.5 * tables["width"]
-            below = jnp.where(left < tables["low"], 0, probability(left))
-            above = jnp.where(right > tables["high"], 1, probability(right))
-            at = jnp.where(tables["width"] > 0, above - below, 0)
+            left = value - 0.5 * tables["width"]
+            z, _ = self.template.inverse_kernel(own, _warped(left, tables["heavy"])[0])
+            below = jnp.where(left < tables["low"], 0, jax.nn.sigmoid(z))
+            below = jnp.where(left > tables["high"], 1, below)
+            # As a difference of probabilities it would have no digits far above.
+            at = jnp.exp(self._value_terms(own, value, tables, "cells"))
+            at = jnp.where(tables["width"] > 0, at, 0)
         if logits:
             counts = jnp.asarray([self._open(law) for law in self.laws], value.dtype)
             row = expand(jnp.arange(logits, dtype=value.dtype), value.ndim + 1)
@@ -360,7 +358,8 @@ class AutoregressiveDistribution(AbstractDistribution):
             before = jnp.where(row < state[None], p, 0).sum(0)
             below = jnp.where(within, own * below, before)
             at = jnp.where(within, own * at, own)
-        withheld = state < 0
+        withheld, failed = state < 0, jnp.isnan(value) | jnp.isnan(state)
+        below, at = (jnp.where(failed, jnp.nan, p) for p in (below, at))
         return jnp.where(withheld, 0, below), jnp.where(withheld, 1, at)
 
 
@@ -472,7 +471,7 @@ def _hardened(value: Array) -> Array:
     return jnp.where(excess > 0, jnp.sign(value) * (_LINEAR + jnp.expm1(excess)), value)
 
 
-def _heavy(value: Array, heavy: Array) -> tuple[Array, Array]:
+def _warped(value: Array, heavy: Array) -> tuple[Array, Array]:
     """The value as a template sees it, and the logarithm of the slope of that."""
     slope = -jnp.log1p(jnp.maximum(jnp.abs(value) - _LINEAR, 0))
     return jnp.where(heavy, _softened(value), value), jnp.where(heavy, slope, 0)

@@ -53,27 +53,66 @@ def test_a_classifier_sees_names(people):
         model.predict(gaps)
 
 
-def test_a_classifier_takes_names_without_an_order_and_gaps():
+def towns_and_classes(rows, seed):
     """Every second of twelve names is of one class, the more surely if a number is missing."""
-    rng = np.random.default_rng(0)
-    town = rng.integers(0, 12, 900)
-    gone = rng.random(900) < 0.3
-    y = rng.random(900) < np.where(town % 2 == 0, 0.8, 0.2) + np.where(gone, 0.15, -0.15)
-    number = np.where(gone, np.nan, rng.normal(size=900))
-    X = pd.DataFrame({"town": [f"town {k:02d}" for k in town], "number": number})
-    model = FlowClassifier(random_state=0).fit(X, y)
-    sure = np.where(town % 2 == 0, 0.8, 0.2) + np.where(gone, 0.15, -0.15)
-    assert np.abs(model.predict_proba(X)[:, 1] - sure).mean() < 0.08
-    p = np.exp(model.class_log_prob(X[gone][:1].assign(town="town 00")))
-    towns = pd.DataFrame({"town": sorted(set(X["town"])), "number": [np.nan] * 12})
-    both = np.exp(model.class_log_prob(towns)).sum(0)
+    rng = np.random.default_rng(seed)
+    town, gone = rng.integers(0, 12, rows), rng.random(rows) < 0.3
+    chance = np.where(town % 2 == 0, 0.8, 0.2) + np.where(gone, 0.15, -0.15)
+    X = pd.DataFrame(
+        {
+            "town": [f"town {k:02d}" for k in town],
+            "number": np.where(gone, np.nan, rng.normal(size=rows)),
+            "year": 2024,
+            "name": [None, *(f"row {seed} {i}" for i in range(1, rows))],
+            "nothing": None,
+        }
+    )
+    return X, rng.random(rows) < chance, chance
+
+
+@pytest.fixture(scope="module")
+def sorted_towns():
+    X, y, _ = towns_and_classes(900, 0)
+    return FlowClassifier(random_state=0).fit(X, y, np.r_[np.ones(800), np.full(100, 0.5)])
+
+
+def test_a_classifier_takes_names_without_an_order_and_gaps(sorted_towns):
+    X, y, chance = towns_and_classes(500, 1)
+    assert np.abs(sorted_towns.predict_proba(X)[:, 1] - chance).mean() < 0.08
+    # What no class has says nothing of which it is.
+    later = X.assign(year=2025)
+    np.testing.assert_array_equal(sorted_towns.predict(later), sorted_towns.predict(X))
+    assert np.isneginf(sorted_towns.class_log_prob(later)).all()
     # With the number missing the twelve names are nearly all that there is.
-    assert (p < both).all()
-    assert (np.abs(both - model_share(gone, y)) < 0.1).all()
-    again = pickle.loads(pickle.dumps(model))  # noqa: S301
-    np.testing.assert_array_equal(again.predict_proba(X), model.predict_proba(X))
+    rows = pd.concat([X[X["number"].isna()][:1]] * 12).assign(
+        town=[f"town {k:02d}" for k in range(12)]
+    )
+    gone = np.exp(sorted_towns.class_log_prob(rows)).sum(0)
+    shares = [X["number"].isna()[y == k].mean() for k in (False, True)]
+    np.testing.assert_allclose(gone, shares, atol=0.08)
+    again = pickle.loads(pickle.dumps(sorted_towns))  # noqa: S301
+    np.testing.assert_array_equal(again.predict_proba(X), sorted_towns.predict_proba(X))
 
 
-def model_share(gone, y):
-    """How often the number is missing in each class."""
-    return np.array([gone[~y].mean(), gone[y].mean()])
+def test_draws_of_a_classifier_have_its_names_and_gaps(sorted_towns):
+    rows, label = sorted_towns.sample(400, random_state=0)
+    assert list(rows.columns) == ["town", "number", "year", "name", "nothing"]
+    even = rows["town"].str[-1].isin(list("02468"))
+    assert even[label].mean() > 0.6
+    assert even[~label].mean() < 0.4
+    assert rows["number"].isna()[label].mean() > rows["number"].isna()[~label].mean()
+
+
+def test_a_classifier_of_few_mixed_rows_says_so():
+    X, _, _ = towns_and_classes(24, 0)
+    with pytest.raises(InputError, match="n_samples=24"):
+        FlowClassifier(validation=0.9).fit(X, np.zeros(24, int))
+
+
+def test_gaps_in_an_array_are_told_too():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 300)
+    X = rng.normal(size=(300, 2))
+    X[rng.random(300) < 0.1 + 0.8 * y, 0] = np.nan
+    model = FlowClassifier(random_state=0).fit(X, y)
+    assert model.score(X, y) > 0.85

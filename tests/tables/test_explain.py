@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scipy.special import logsumexp
-from scipy.stats import kstest, multivariate_normal, norm, poisson
+from scipy.stats import geom, kstest, multivariate_normal, norm, poisson
 
 from laminar._errors import InputError
 from laminar.tables.cells import Cells, datetime_column
@@ -196,6 +196,24 @@ def test_quantiles_where_the_law_jumps():
     np.testing.assert_allclose(found, [*below, 0, 0, *above], atol=0.02)
     counts = quantiles(model, row.take(np.array([0])), table, "k", (0.1, 0.5, 0.99))[0]
     np.testing.assert_array_equal(counts, poisson.ppf([0.1, 0.5, 0.99], 3))
+
+
+def test_counts_with_much_mass_on_the_lowest():
+    """Half of the rows at zero, and beyond them a wide geometric law."""
+    values = np.where(rng().random(500) < 0.5, 0.0, rng(1).geometric(0.01, 500))
+    table = Table(("k",), values[:, None], cells=(WHOLE,))
+    tail = geom(0.01)
+    model = known(
+        table,
+        lambda x: np.where(x[:, 0] == 0, 0.0, tail.logpmf(np.maximum(x[:, 0], 1))) - np.log(2),
+        kinds={"k": "integer:0"},
+    )
+    rows = np.array([0.0, 1.0, 50.0, 300.0])
+    found = conditionals(model, Table(("k",), rows[:, None], cells=(WHOLE,)), table)
+    expected = np.where(rows == 0, 0.5, 0.5 * tail.pmf(rows))
+    np.testing.assert_allclose(found.log_p[:, 0], np.log(expected), atol=0.02)
+    below = np.where(rows == 0, 0.0, 0.5 + 0.5 * tail.cdf(rows - 1))
+    np.testing.assert_allclose(found.below[:, 0], below, atol=0.01)
 
 
 def test_quantiles_of_dates_are_dates():

@@ -14,15 +14,15 @@ from laminar.distributions import MultivariateNormal
 from laminar.estimators.common import average, check_is_fitted, seed_of, weights_of
 from laminar.estimators.rows import RowReader
 from laminar.tables.baselines import Rows
-from laminar.tables.cells import Cells
 from laminar.tables.flow import MIN_ROWS, fit_mixed
 from laminar.tables.frames import to_frame
-from laminar.tables.model import TableFlow, cast, padded
+from laminar.tables.model import cast, padded, padded_length
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table, refuse_non_finite
 from laminar.train.density import DensityHistory, fit_density, refit
 from laminar.train.mixtures import log_sum, pooled_covariance
 
+_STOPPING = 0.1  # of the rows of a law of mixed rows, to stop its training by
 _FEW = 20  # rows; classes with fewer get a normal law
 _COOLEST, _HOTTEST = -1.5, 5.0  # bounds of the logarithm of the temperature
 _PRIOR_ROWS = 5.0  # that the penalty on the temperature is worth
@@ -41,9 +41,9 @@ class FlowClassifier(ClassifierMixin, RowReader):
     leaves the prediction, the most probable class, as it is. The densities are then fitted again
     to all rows, where that takes no training of networks.
 
-    A frame with texts, whole numbers beside them, or gaps has one law of mixed rows for all
-    classes, conditional on the class (`laminar.mixed`): exact probabilities of names, and missing
-    cells that count with the probability that they are missing.
+    Rows with texts or gaps have one law of mixed columns for all classes, conditional on the class
+    (`laminar.mixed`): exact probabilities of names, and missing cells that count with the
+    probability that they are missing.
 
     Args:
         priors: The probabilities π of the classes, in the order of `classes_`; None takes their
@@ -56,7 +56,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
         classes_: The classes, (K,).
         priors_: Their probabilities, (K,).
         densities_: The density of each class, of standardised rows.
-        model_: In their place, of a frame of mixed rows, their density given the class.
+        model_: In their place, of mixed rows, their density given indicators of the classes.
         temperature_: T.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, where the rows of `fit` had names.
@@ -86,18 +86,12 @@ class FlowClassifier(ClassifierMixin, RowReader):
         self.validation = validation
         self.random_state = random_state
 
-    def __sklearn_tags__(self):
-        """Missing values are refused."""
-        tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = False
-        return tags
-
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "FlowClassifier":
         """Fit the densities and the temperature.
 
         Args:
-            X: Rows (N, C): an array, in which no cell may be missing, or a frame, of texts and
-                dates too.
+            X: Rows (N, C): an array, or a frame, of texts and dates too; NaN where a cell is
+                missing.
             y: Classes (N,).
             sample_weight: Non-negative weights (N,); classes without weight are left out.
 
@@ -107,7 +101,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
         """
         if y is None:
             raise InputError("FlowClassifier requires y to be passed, but the target y is None.")
-        table, y = self._read(X, y, reset=True, least=2, ensure_all_finite=True)
+        table, y = self._read(X, y, reset=True, least=2)
         check_classification_targets(y)
         w = weights_of(sample_weight, table.values)
         w = np.ones(len(table)) if w is None else w
@@ -126,22 +120,23 @@ class FlowClassifier(ClassifierMixin, RowReader):
         for k in range(len(self.classes_)):
             mine = rng.permutation(np.flatnonzero(code == k))
             held[mine[: int(self.validation * len(mine))] if len(mine) >= _FEW else []] = True
+        for name in self._models:
+            vars(self).pop(name, None)
         self.temperature_ = 1.0
-        self._together = self._typed and learn_schema(table).mixed
-        if self._together:
-            self._fit_together(table, code, w, held, seed)
-        else:
-            self._fit_apart(table, code, w, held, seed)
+        self._schema = learn_schema(table)
+        z, _ = self._schema.encode(table.values)
+        fit = self._fit_together if self._schema.mixed else self._fit_apart
+        fit(z, code, w, held, seed)
         return self
 
-    def _fit_apart(self, table: Table, code, w, held, seed: int) -> None:
+    def _fit_apart(self, z: np.ndarray, code, w, held, seed: int) -> None:
         """A density for each class, and the temperature."""
-        refuse_non_finite(table)
-        z = self._standardised(table.values, seed)
+        noise = np.random.default_rng(seed).uniform(-0.5, 0.5, z.shape)
+        z = z + self._schema.noise * noise
         pooled, several = _within(z, code, w), range(len(self.classes_))
         first = [self._density(k, z, code, w, ~held, pooled, seed) for k in several]
         self.densities_ = tuple(density for density, _ in first)
-        self._cool(self._class_log_prob(z[held]), code[held], w[held])
+        self._cool(z[held], code[held], w[held])
         everything = np.ones(len(z), dtype=bool)
         again = []
         for k, (density, history) in enumerate(first):
@@ -153,31 +148,27 @@ class FlowClassifier(ClassifierMixin, RowReader):
             again.append(density)
         self.densities_ = tuple(again)
 
-    def _fit_together(self, table: Table, code, w, held, seed: int) -> None:
+    def _fit_together(self, z: np.ndarray, code, w, held, seed: int) -> None:
         """The law of mixed rows given the class, and the temperature."""
-        if len(table) < MIN_ROWS:
+        kept = int((~held).sum())
+        if kept < MIN_ROWS:
             raise InputError(
-                f"FlowClassifier: X has n_samples={len(table)} rows of mixed columns, and fitting "
-                f"needs at least {MIN_ROWS}."
+                f"FlowClassifier: of n_samples={len(z)} rows with texts or gaps {kept} are left to "
+                f"fit, and fitting needs at least {MIN_ROWS}; give more rows or less validation."
             )
-        both = self._beside_class(table, code)
-        label = both.names[-1]
-        schema = learn_schema(both, (label,))
-        kept = both.take(np.flatnonzero(~held))
-        rows = Rows(
-            schema.encode(kept.select(schema.names).values)[0],
-            schema.condition(kept.select((label,)).values),
-            None if (w == w[0]).all() else w[~held] / w[~held].mean(),
-        )
-        options = {"noise": schema.noise, "validation": self.validation, "progress": False}
-        trained = fit_mixed(schema)(seed, rows, time_limit=self.time_limit, **options)
-        self.model_ = TableFlow(trained.flow, schema)
-        self._cool(self._given_class(table.take(np.flatnonzero(held))), code[held], w[held])
+        weights = None if (w == w[0]).all() else w[~held] / w[~held].mean()
+        rows = Rows(z[~held], self._indicators(code[~held]), weights)
+        options = {"noise": self._schema.noise, "validation": _STOPPING, "progress": False}
+        trained = fit_mixed(self._schema)(seed, rows, time_limit=self.time_limit, **options)
+        self.model_ = trained.flow
+        self._cool(z[held], code[held], w[held])
 
-    def _cool(self, class_log_prob: np.ndarray, code: np.ndarray, w: np.ndarray) -> None:
+    def _cool(self, z: np.ndarray, code: np.ndarray, w: np.ndarray) -> None:
         """Fit the temperature to rows held out, where there are any."""
         if len(code) and len(self.classes_) > 1:
-            self.temperature_ = best_temperature(class_log_prob + np.log(self.priors_), code, w)
+            self.temperature_ = best_temperature(
+                self._class_log_prob(z) + np.log(self.priors_), code, w
+            )
 
     def class_log_prob(self, X: Any) -> np.ndarray:
         """The log-density of each row under each class, ln p(x | k), in nats, (N, K).
@@ -257,7 +248,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
             if not len(found):
                 raise InputError(f"FlowClassifier has no class {label!r}.")
             code = np.full(n_samples, found[0])
-        drawn = (self._draw_together if self._together else self._draw_apart)(code, seed)
+        drawn = Table(self._names, self._draw(code, seed), "the samples", cells=self._cells_of())
         rows = drawn.values if self._like is None else to_frame(drawn, self._like)
         return rows, self.classes_[code]
 
@@ -274,57 +265,37 @@ class FlowClassifier(ClassifierMixin, RowReader):
             )
         return priors / priors.sum()
 
-    def _standardised(self, X: np.ndarray, seed: int) -> np.ndarray:
-        """Standardised rows with noise on ties; learns the columns."""
-        self._schema = learn_schema(Table(self._names, X, "X", named=False))
-        z, _ = self._schema.encode(X)
-        return z + self._schema.noise * np.random.default_rng(seed).uniform(-0.5, 0.5, z.shape)
-
     def _each(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Ln p(x | k) of rows (N, K), and what their units bring to all classes alike (N, 1)."""
+        """The ln p(x | k) of rows (N, K), and what their units bring to all alike (N, 1)."""
         check_is_fitted(self)
-        table, _ = self._read(X, ensure_all_finite=True)
-        if self._together:
-            columns = self.model_.schema.columns
-            refuse_non_finite(table.select([c.name for c in columns if not c.missing]))
-            return self._given_class(table), np.zeros((len(table), 1))
-        refuse_non_finite(table)
+        table, _ = self._read(X)
+        whole = [c.name for c in self._schema.columns if c.modelled and not c.missing]
+        refuse_non_finite(table.select(whole))
         z, terms = self._schema.encode(table.values)
         return self._class_log_prob(z), terms[:, None]
 
-    def _beside_class(self, table: Table, code: np.ndarray) -> Table:
-        """The table with the class of each row as one more column, the last."""
-        name = "class"
-        while name in table.names:
-            name += "'"
-        cells = Cells("text", levels=tuple(f"{k:06d}" for k in range(len(self.classes_))))
-        values = np.column_stack([table.values, np.broadcast_to(code, len(table))])
-        names, cells = (*table.names, name), (*table.cells, cells)
-        return Table(names, values, table.source, table.named, table.rows, cells)
+    def _indicators(self, code: np.ndarray) -> np.ndarray:
+        """The condition of the law of mixed rows: which class, (N, K)."""
+        return np.eye(len(self.classes_))[code]
 
-    def _given_class(self, table: Table) -> np.ndarray:
-        """Ln p(x | k) of mixed rows, (N, K), in the units of the columns."""
-        classes = np.arange(len(self.classes_))
-        each = [self.model_.log_prob(self._beside_class(table, np.array(k))) for k in classes]
-        return np.stack(each, axis=1)
+    def _cells_of(self) -> Any:
+        """What the numbers of the rows stand for, or None."""
+        return tuple(self._cells.values()) if self._typed else None
 
-    def _draw_together(self, code: np.ndarray, seed: int) -> Table:
-        """Mixed rows of some classes."""
-        nothing = Table(self._names, np.zeros((len(code), len(self._names))), "the classes")
-        given = self._beside_class(nothing, code)
-        label = given.names[-1]
-        return self.model_.sample(jr.key(seed), 1, given=given.select((label,))).select(self._names)
-
-    def _draw_apart(self, code: np.ndarray, seed: int) -> Table:
-        """Rows of some classes, each from its own density."""
-        z = np.empty((len(code), len(self._schema.modelled)))
+    def _draw(self, code: np.ndarray, seed: int) -> np.ndarray:
+        """Rows (N, C) of some classes."""
+        z = np.empty((len(code), *self._schema.shape))
         for k, key in enumerate(jr.split(jr.key(seed), len(self.classes_))):
             mine = np.flatnonzero(code == k)
-            if len(mine):
-                z[mine] = np.asarray(self.densities_[k].sample(key, (len(mine),)))
-        rows = self._schema.decode(z, seed=seed)
-        cells = tuple(self._cells.values()) if self._typed else None
-        return Table(self._names, rows, "the samples", cells=cells)  # pyright: ignore[reportArgumentType]
+            if not len(mine):
+                continue
+            if hasattr(self, "model_"):
+                own = cast(self._indicators(np.array(k)), self.model_)
+                drawn = self.model_.sample(key, (padded_length(len(mine)),), own)
+            else:
+                drawn = self.densities_[k].sample(key, (padded_length(len(mine)),))
+            z[mine] = np.asarray(drawn)[: len(mine)]
+        return self._schema.decode(z, seed=seed)
 
     def _density(
         self, k: int, z, code, w, use, pooled, seed
@@ -343,7 +314,13 @@ class FlowClassifier(ClassifierMixin, RowReader):
         )
 
     def _class_log_prob(self, z: np.ndarray) -> np.ndarray:
-        each = [density.log_prob(cast(padded(z), density)) for density in self.densities_]
+        """The ln p(z | k) of standardised rows, (N, K)."""
+        if hasattr(self, "model_"):
+            rows = cast(padded(z), self.model_)
+            classes = cast(self._indicators(np.arange(len(self.classes_))), self.model_)
+            each = [self.model_.log_prob(rows, own) for own in classes]
+        else:
+            each = [density.log_prob(cast(padded(z), density)) for density in self.densities_]
         return np.stack([np.asarray(log_p, np.float64)[: len(z)] for log_p in each], axis=1)
 
 

@@ -396,20 +396,31 @@ def _pieces(plan: _Plan, z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
     """The mass between neighbouring nodes, (N, G − 1), of a density that is log-linear there."""
     left, right = log_f[:, :-1], log_f[:, 1:]
     width = np.diff(z, axis=1)
-    if plan.gridded:
-        width = width * plan.column.scale / plan.column.step
     high, low = np.maximum(left, right), np.minimum(left, right)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         fall = np.where(np.isfinite(high), high - low, 0.0)
-        # (1 − e^{−t}) / t, which is the mean of e^{−ts} over s in (0, 1)
-        mean = np.where(fall > 1e-8, -np.expm1(-fall) / np.where(fall > 0, fall, 1.0), 1.0)
-    mean = np.where(np.isinf(fall), 0.0, mean)
-    pieces = width * np.exp(high) * mean
+    if plan.gridded:
+        pieces = np.exp(high) * _points(width * plan.column.scale / plan.column.step, fall)
+    else:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # (1 − e^{−t}) / t, which is the mean of e^{−ts} over s in (0, 1)
+            mean = np.where(fall > 1e-8, -np.expm1(-fall) / np.where(fall > 0, fall, 1.0), 1.0)
+        pieces = width * np.exp(high) * np.where(np.isinf(fall), 0.0, mean)
     if plan.gridded:
         # A sum over points, not an integral: both outermost points have their other halves.
         pieces[:, 0] += 0.5 * np.exp(left[:, 0])
         pieces[:, -1] += 0.5 * np.exp(right[:, -1])
     return pieces
+
+
+def _points(steps: np.ndarray, fall: np.ndarray) -> np.ndarray:
+    """The sum of e^{−fall · i / steps} over i = 0, …, steps, both ends by half; 0 of no steps."""
+    steps = np.round(steps)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = np.where(steps > 0, fall / steps, 0.0)
+        whole = np.where(each > 1e-8, np.expm1(-(fall + each)) / np.expm1(-each), steps + 1.0)
+    whole = np.where(np.isinf(fall), 1.0, whole)
+    return np.where(steps > 0, whole - 0.5 * (1.0 + np.exp(-fall)), 0.0)
 
 
 def _inverted(

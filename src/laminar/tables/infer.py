@@ -94,9 +94,9 @@ def learn_column(
         column = _counted(name, kind, cells, missing, there, seen, ends, condition)
     else:
         column = _continuous(name, kind, cells, missing, there, seen, ends, condition, typed)
-    if condition or column.states_only:
+    if condition or column.states_only or kind == "datetime":  # the calendar has an end
         return column
-    z = column.standardise(seen[~np.isin(seen, column.spikes)])
+    z = column.standardise(there[~np.isin(there, column.spikes)])
     return dataclasses.replace(column, heavy=bool((np.abs(z) > _FAR).any()))
 
 
@@ -216,7 +216,7 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
         return Column(name, kind, location, scale, cells=cells, missing=missing)
     # On a fine grid a cell is as narrow as a density allows; a spike there needs its own state.
     fine = step < FINE * scale
-    spikes = _heavy(*np.unique(there, return_counts=True)) if fine else ()
+    spikes = _shared(*np.unique(there, return_counts=True)) if fine else ()
     few = kind == "integer" and not ends and len(distinct) <= _FEW_NUMBERS
     if few and len(there) >= _SURE and (there == distinct[-1]).mean() > _ENDS:
         # Grades and the like, which do not thin out towards their highest number: one beyond those
@@ -365,7 +365,7 @@ def _ties(
             return True, step, step, ()
         gap = float(np.diff(distinct).min())
         return True, max(gap, _SMOOTHING * scale), 0.0, tuple(map(float, distinct))
-    levels = _heavy(distinct, counts)
+    levels = _shared(distinct, counts)
     heavy = np.isin(distinct, levels)
     repeats = counts[~heavy].sum() / max(int((~heavy).sum()), 1)
     step = grid_step(distinct) if repeats >= 2 else 0.0
@@ -376,7 +376,7 @@ def _ties(
     return False, _SMOOTHING * scale, step, levels
 
 
-def _heavy(distinct: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
+def _shared(distinct: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
     """Single values that many rows share."""
     heavy = (counts >= 5) & (counts > counts.sum() * max(0.01, 5.0 / len(distinct)))
     return tuple(map(float, distinct[heavy]))

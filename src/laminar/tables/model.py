@@ -132,9 +132,11 @@ class TableFlow(eqx.Module):
             events = np.repeat(self._opened(schema.encode(held)[0], held), count, axis=0)
             drawn = self._completed(key, events, standard, n, max(PARTICLES, 4 * n))[0]
         elif standard is None:
-            drawn = np.asarray(self.flow.sample(key, (_length(n * count),)))[: n * count]
+            drawn = np.asarray(self.flow.sample(key, (padded_length(n * count),)))[: n * count]
         else:
-            drawn = np.asarray(self.flow.sample(key, (_length(n),), cast(standard, self.flow)))[:n]
+            drawn = np.asarray(
+                self.flow.sample(key, (padded_length(n),), cast(standard, self.flow))
+            )[:n]
             drawn = np.moveaxis(drawn, 0, 1).reshape(n * count, *schema.shape)
         values = schema.decode(drawn, seed=_seed(key))
         if held is not None:
@@ -297,7 +299,7 @@ class TableFlow(eqx.Module):
             with np.errstate(invalid="ignore"):
                 effective.append(np.where(total > 0, total**2 / (w**2).sum(axis=0), 0.0))
             # Systematic resampling: one uniform number, and equal steps through the weights.
-            start = np.asarray(jr.uniform(choose_key, (_length(count),)), np.float64)
+            start = np.asarray(jr.uniform(choose_key, (padded_length(count),)), np.float64)
             points = (start[None, :count] + np.arange(draws)[:, None]) / draws
             heaped = np.cumsum(w, axis=0)
             chosen = np.stack(
@@ -407,10 +409,10 @@ def padded(rows: np.ndarray | None) -> np.ndarray | None:
     """Few rows repeated up to a power of two: few lengths, so that few programs are compiled."""
     if rows is None or not 0 < len(rows) <= _MOST_PADDED:
         return rows
-    return rows[np.minimum(np.arange(_length(len(rows))), len(rows) - 1)]
+    return rows[np.minimum(np.arange(padded_length(len(rows))), len(rows) - 1)]
 
 
-def _length(rows: int) -> int:
+def padded_length(rows: int) -> int:
     """The length that so many rows are padded to."""
     return rows if rows > _MOST_PADDED else max(_LEAST_PADDED, 1 << (rows - 1).bit_length())
 
