@@ -57,8 +57,9 @@ class ColumnLaw:
         low: The lowest point, whose cell goes down to −∞; None where there is none.
         high: The highest point, likewise.
         gap: Whether the last state is that of a missing cell.
-        heavy: Whether the law may have tails that fall as powers. Beyond ±4 its template then
-            sees ±(4 + ln(1 + |x| − 4)), in which an exponential tail is that of a power.
+        heavy: The unit u of a law whose tails may fall as powers, or zero. Its template sees x/u,
+            and beyond ±4 of them ±(4 + ln(1 + |x/u| − 4)), in which an exponential tail is that of
+            a power.
     """
 
     states: int = 1
@@ -68,7 +69,7 @@ class ColumnLaw:
     low: float | None = None
     high: float | None = None
     gap: bool = False
-    heavy: bool = False
+    heavy: float = 0.0
 
     def __post_init__(self):
         if self.states < 1 + self.gap:
@@ -222,7 +223,9 @@ class AutoregressiveDistribution(AbstractDistribution):
         owner, flagged = _feature_table(self.laws)
         state = state[owner]
         code = expand(jnp.asarray(flagged, value.dtype), state.ndim)
-        numbers = jnp.where(state == 0, _softened(value[owner]), 0)
+        units = jnp.asarray([law.heavy or 1.0 for law in self.laws], value.dtype)[owner]
+        near = value[owner] / expand(units, state.ndim)
+        numbers = jnp.where(state == 0, _softened(near), 0)
         return jnp.where(code < 0, numbers, (state == code).astype(value.dtype))
 
     # ------------------------------------------------------------------------------ sampling
@@ -264,7 +267,7 @@ class AutoregressiveDistribution(AbstractDistribution):
                 own = theta[logits:] + expand(template.params, theta.ndim)
                 noise = jr.logistic(value_key, batch, x.dtype)
                 drawn = template.forward_kernel(own, noise)[0]
-                drawn = jnp.where(at["heavy"], _hardened(drawn), drawn)
+                drawn = jnp.where(at["heavy"] > 0, at["heavy"] * _hardened(drawn), drawn)
                 if "cells" in kinds:
                     drawn = jnp.where(at["cells"], _onto_grid(drawn, at), drawn)
                 here = at["valued"] & (state == 0)
@@ -276,7 +279,8 @@ class AutoregressiveDistribution(AbstractDistribution):
                     cells = self._value_terms(own, value, at, "cells")
                     terms = jnp.where(at["cells"], cells, terms)
                 term = term + jnp.where(here, terms, 0)
-            return _block(value, state, at["valued"], at["states"], most), (value, state, term)
+            near = value / _unit(at["heavy"])
+            return _block(near, state, at["valued"], at["states"], most), (value, state, term)
 
         xs = tables | {"value": x[0], "state": x[1], "key": jr.split(key, len(self.laws))}
         value, state, term = self.net.columns(step, xs, batch, condition)
@@ -473,8 +477,14 @@ def _hardened(value: Array) -> Array:
 
 def _warped(value: Array, heavy: Array) -> tuple[Array, Array]:
     """The value as a template sees it, and the logarithm of the slope of that."""
-    slope = -jnp.log1p(jnp.maximum(jnp.abs(value) - _LINEAR, 0))
-    return jnp.where(heavy, _softened(value), value), jnp.where(heavy, slope, 0)
+    near = value / _unit(heavy)
+    slope = -jnp.log1p(jnp.maximum(jnp.abs(near) - _LINEAR, 0)) - jnp.log(_unit(heavy))
+    return jnp.where(heavy > 0, _softened(near), value), jnp.where(heavy > 0, slope, 0)
+
+
+def _unit(heavy: Array) -> Array:
+    """In which values are told to a network."""
+    return jnp.where(heavy > 0, heavy, 1)
 
 
 def _pick(logits: Array, state: Array, states: Any) -> Array:
@@ -509,9 +519,9 @@ def _tables(laws: Sequence[ColumnLaw], like: Array) -> dict[str, Array]:
         "origin": [law.origin for law in laws],
         "low": [-math.inf if law.low is None else law.low for law in laws],
         "high": [math.inf if law.high is None else law.high for law in laws],
+        "heavy": [law.heavy for law in laws],
     }
-    made = {name: expand(jnp.asarray(v, like.dtype), like.ndim) for name, v in lists.items()}
-    return made | {"heavy": expand(jnp.asarray([law.heavy for law in laws]), like.ndim)}
+    return {name: expand(jnp.asarray(v, like.dtype), like.ndim) for name, v in lists.items()}
 
 
 def _where(laws: Sequence[ColumnLaw], test) -> np.ndarray:

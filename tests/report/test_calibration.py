@@ -27,8 +27,8 @@ def mixture():
 def models():
     bend = laminar.SinhArcsinh(0.5, 1.2, shape=(2,))
     means = np.random.default_rng(0).normal(size=(30, 2))
-    cells = ColumnLaw(1, "cells", 0.5, 0.0, 0.0, None, heavy=True)
-    laws = [ColumnLaw(3, None), ColumnLaw(2, heavy=True), cells]
+    cells = ColumnLaw(1, "cells", 0.5, 0.0, 0.0, None, heavy=0.5)
+    laws = [ColumnLaw(3, None), ColumnLaw(2, heavy=0.5), cells]
     return {
         "normal": laminar.Normal(2, loc=1.0, scale=2.0),
         "student": laminar.Flow(laminar.StudentT(2, df=3.0), bend),

@@ -45,7 +45,7 @@ class Group(TyperGroup):
 app = typer.Typer(
     cls=Group,
     name="laminar",
-    help="Normalizing flows with exact densities: tables of numbers, and posteriors.",
+    help="Normalizing flows with exact densities: tables and posteriors.",
     epilog="TABLE is a CSV, TSV, Parquet, Arrow, Feather, NPY or NPZ file, or builtin:NAME "
     "(see laminar data).",
     no_args_is_help=True,

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -205,7 +206,10 @@ def _check_arguments(model: Any, name: str, arguments: dict[str, Any]) -> None:
     try:
         inspect.signature(model).bind(**arguments)
     except TypeError as error:
-        raise InputError(f"{name} does not fit the data given: {error}.") from error
+        raise InputError(
+            f"{name} does not fit the data given: {error}; a log density is given as a Target, by "
+            "as_target(function, example=…)."
+        ) from error
 
 
 def _where(file: Path, error: BaseException) -> str:
@@ -226,10 +230,10 @@ def _check_folder(out: str) -> None:
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {out} is a file; give a folder.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made: {error.strerror}.") from error
+    # It is made when there is something to put in it.
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--out {out} cannot be made: {above} cannot be written to.")
 
 
 def _write(found: Any, out: Path, model: str, seed: int, precision: Precision) -> list[str]:
@@ -241,6 +245,10 @@ def _write(found: Any, out: Path, model: str, seed: int, precision: Precision) -
     from laminar._files import atomic_write
     from laminar.tables.read import write_table
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}.") from error
     about = {"model": model, "seed": seed, "precision": precision}
     text = json.dumps({**about, **found.to_dict()}, ensure_ascii=False, indent=1)
     atomic_write(out / "summary.json", (text + "\n").encode())

@@ -78,7 +78,9 @@ def score(
     if as_json:
         emit_json({"model": model, "table": table, "out": out, **mean, "outside_support": outside})
         return
-    print(f"{len(rows):,} rows scored, mean log-density {with_error(mean)} nats; written to {out}")
+    known = mean["log_density"] is not None
+    score = f", mean log-density {with_error(mean)} nats" if known else ""
+    print(f"{len(rows):,} rows scored{score}; written to {out}")
     if outside:
         print(f"{outside:,} rows lie outside the support: their log-density is -inf")
 

@@ -53,6 +53,7 @@ _ADVICE = {
     "the flow's latent space.",
 }
 _PROBES = 512
+_NAMED = 3  # places that are missed, at most
 _LEAST_EFFECTIVE = 200
 _SAME_MEAN, _SAME_SPREAD = 0.1, 0.1
 
@@ -370,10 +371,16 @@ def judge(
             "edge that was not declared: what is there is not compared."
         )
         findings.append(("usable after reweighting", said))
-    for j in lost.places:
+    for j in lost.places[:_NAMED]:
         said = (
             f"Optimisation found probability near {in_words(target, places.means[j], 3)} that the "
             "approximation misses."
+        )
+        findings.append(("do not trust", said))
+    if len(lost.places) > _NAMED:
+        said = (
+            f"It found {len(lost.places) - _NAMED} more such places: where they are many, the "
+            "target may have an infinite integral."
         )
         findings.append(("do not trust", said))
     findings.extend(("do not trust", note) for note in notes)

@@ -79,4 +79,7 @@ def _weights(axes, posterior: Posterior) -> None:
     dress(axes, "weights", x="draw, heaviest first", y="weight × draws")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # Draws of next to no weight say nothing, and equal ones need some room about them.
+    largest = max(float(scaled.max(initial=1.0)), 1.0)
+    axes.set_ylim(min(max(float(scaled[alive].min(initial=1.0)), 1e-4), 0.5) / 1.5, 2 * largest)
     axes.minorticks_off()

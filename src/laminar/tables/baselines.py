@@ -113,7 +113,7 @@ def independent(train: Rows, held_out: Rows, laws: Sequence[ColumnLaw]) -> np.nd
     """The log-density of mixed rows if their columns were independent, float64 of shape (N,).
 
     States have their shares among the training rows, each counted half a time more; values a
-    logistic law of their median and their spread.
+    logistic law of their median and their spread, of their logarithm far out where tails are heavy.
     """
     total = np.zeros(len(held_out.x))
     w = np.ones(len(train.x)) if train.weights is None else train.weights
@@ -126,11 +126,22 @@ def independent(train: Rows, held_out: Rows, laws: Sequence[ColumnLaw]) -> np.nd
         if law.value is None:
             continue
         own = train.x[seen == 0, 0, i]
-        own = own if len(own) else np.zeros(1)
+        own, _ = softened(own if len(own) else np.zeros(1), law.heavy)
         middle = float(np.median(own))
-        scale = max(float(np.std(own)) * math.sqrt(3) / math.pi, law.width, 1e-3)
+        scale = max(float(np.std(own)) * math.sqrt(3) / math.pi, 1e-3)
+        scale = scale if law.heavy else max(scale, law.width)
         total += np.where(state == 0, _logistic(value, law, middle, scale), 0.0)
     return total
+
+
+def softened(value: np.ndarray, heavy: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values as the template of a law with heavy tails sees them, and the slope's logarithm."""
+    if not heavy:
+        return value, np.zeros_like(value)
+    near = value / heavy
+    beyond = np.maximum(np.abs(near) - 4.0, 0.0)
+    soft = np.where(beyond > 0, np.sign(near) * (4.0 + np.log1p(beyond)), near)
+    return soft, -np.log1p(beyond) - math.log(heavy)
 
 
 def _logistic(value: np.ndarray, law: ColumnLaw, middle: float, scale: float) -> np.ndarray:
@@ -138,7 +149,8 @@ def _logistic(value: np.ndarray, law: ColumnLaw, middle: float, scale: float) ->
     from scipy.stats import logistic
 
     if law.value == "density":
-        return np.asarray(logistic.logpdf(value, middle, scale))
+        near, slope = softened(value, law.heavy)
+        return np.asarray(logistic.logpdf(near, middle, scale)) + slope
     half = law.width / 2
     above = np.where(
         value + half > (np.inf if law.high is None else law.high), np.inf, value + half
@@ -146,6 +158,7 @@ def _logistic(value: np.ndarray, law: ColumnLaw, middle: float, scale: float) ->
     below = np.where(
         value - half < (-np.inf if law.low is None else law.low), -np.inf, value - half
     )
+    below, above = (softened(ends, law.heavy)[0] for ends in (below, above))
     a, b = (below - middle) / scale, (above - middle) / scale
     # The cell on the side where the distribution function is small keeps its digits.
     mass = np.where(a > 0, expit(-a) - expit(-b), expit(b) - expit(a))

@@ -70,7 +70,8 @@ class Column:
         unseen: The probability of a category that was not there, or of all values off the grid.
         cell: Whether values on the grid count with the probabilities of their cells.
         fine: Whether these are so narrow that a density times the step stands for them.
-        heavy: Whether values lie so far out that a mixed table's law needs tails of powers.
+        heavy: Where values lie so far out that a mixed table's law needs tails of powers, the
+            spread of their bulk in standardised units; else zero.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Column:
     unseen: float = 0.0
     cell: bool = False
     fine: bool = False
-    heavy: bool = False
+    heavy: float = 0.0
 
     @property
     def modelled(self) -> bool:

@@ -38,6 +38,7 @@ _SMOOTHING = 0.01  # the least noise on values that many rows share, in units of
 _LARGEST = 1e150  # squares stay within float64
 _SPREAD = 3.0  # the most by which the standard deviation may exceed the robust scale
 _GAIN = 0.3  # nats a row by which a logarithm must look more normal
+_FEWEST = 20  # values that a spread can be taken of
 _FAR = 10.0  # in scales from the middle: values beyond it speak of heavy tails
 _FEW_NUMBERS = 10  # whole numbers that are told one by one
 _ENDS = 0.04  # of the rows on the highest number of a scale, at least
@@ -97,7 +98,12 @@ def learn_column(
     if condition or column.states_only or kind == "datetime":  # the calendar has an end
         return column
     z = column.standardise(there[~np.isin(there, column.spikes)])
-    return dataclasses.replace(column, heavy=bool((np.abs(z) > _FAR).any()))
+    if len(z) < _FEWEST or np.abs(z).max() <= _FAR:
+        return column
+    # The bulk: the scale itself may be several times wider where there are outliers.
+    low, high = np.percentile(z, (5.0, 95.0))
+    unit = max((high - low) / 3.289707, column.step / column.scale, 1e-6)
+    return dataclasses.replace(column, heavy=float(unit))
 
 
 def parse_kind(name: str, declared: str | None) -> tuple[Kind | None, tuple[float, ...]]:
