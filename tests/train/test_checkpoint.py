@@ -212,9 +212,9 @@ def test_a_stream_is_resumed_at_its_position(tmp_path, monkeypatch):
 
 
 def test_a_time_limited_run_counts_the_seconds_before(tmp_path):
-    path = tmp_path / "c"
-    _, first = fit(jr.key(0), flow(), X, time_limit=1.0, checkpoint=path)
-    _, again = fit(jr.key(0), flow(), X, time_limit=1.0, checkpoint=path, resume=True)
+    options = {"time_limit": 1.0, "checkpoint": tmp_path / "c", "patience": None}
+    _, first = fit(jr.key(0), flow(), X, **options)
+    _, again = fit(jr.key(0), flow(), X, **options, resume=True)
     assert first.stop_reason == again.stop_reason == "time limit"
     assert again.steps == first.steps
 

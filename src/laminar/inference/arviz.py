@@ -1,6 +1,7 @@
 """Posterior draws in ArviZ: smoothed importance weights, an InferenceData, LOO and WAIC."""
 
 import math
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ _LEAST_TAIL = 5
 def load_arviz() -> Any:
     """The package ArviZ, or a `MissingExtraError` that says how to get it."""
     try:
-        import arviz
+        with warnings.catch_warnings():
+            # Once a day it announces a version that the extra does not ask for.
+            warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)
+            import arviz
     except ImportError as error:
         raise MissingExtraError("arviz", "inference", "This summary of a posterior") from error
     return arviz
