@@ -18,6 +18,7 @@ class Family(NamedTuple):
     build: Callable
     objective: Callable = nll
     exact: Callable = lambda flow: flow
+    rate: float = 3e-3
 
 
 def _residual(dim: int, *, key):
@@ -30,7 +31,7 @@ FAMILIES = {
     "nsf coupling": Family(lambda dim, *, key: zoo.nsf(dim, key=key, coupling=True)),
     "nsf": Family(zoo.nsf),
     "naf": Family(zoo.naf),
-    "bnaf": Family(zoo.bnaf),
+    "bnaf": Family(zoo.bnaf, rate=0.03),  # at the others' it learns next to nothing
     "residual": Family(_residual, exact=lambda flow: with_log_det(flow, "exact")),
     "cnf": Family(zoo.cnf, objective=flow_matching()),
     "gaussianization": Family(zoo.gaussianization),

@@ -120,6 +120,7 @@ def trained(family: Family, key, rows: Rows, **budget):
         rows.train,
         validation=Batch(rows.validation),
         objective=family.objective,
+        learning_rate=family.rate,
         batch_size=BATCH,
         ema=0.999,
         patience=None,
@@ -338,7 +339,7 @@ def picture(found: list[Cell], args) -> None:
     figure, panels = _pictures.figure(
         "catalogue.py", len(found), 2 + frames, width=1.05, height=1.05
     )
-    for row, cell in zip(panels, found, strict=True):
+    for line, (row, cell) in enumerate(zip(panels, found, strict=True)):
         flow = laminar.load(model_path(cell, args))
         x = _planes.rows(cell.data, 3000, args.seed + 1)
         path = flow.path(flow.base.sample(jr.key(args.seed), (3000,)))
@@ -363,7 +364,7 @@ def picture(found: list[Cell], args) -> None:
             else:
                 axes.set_axis_off()
                 continue
-            if row is panels[0]:
+            if line == 0:
                 axes.set_title(head, fontsize=8, color=canvas.INK)
             if number == 0:
                 axes.set_ylabel(cell.data, fontsize=7, color=canvas.INK)
