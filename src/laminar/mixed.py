@@ -38,7 +38,9 @@ from laminar.nn.masked import MaskedMLP
 WITHHELD = -1
 """The state of a column of which nothing is said."""
 
-_LINEAR = 4.0  # values within it reach the network as they are, beyond it as their logarithm
+LINEAR = 4.0
+"""Values within it are softened to themselves, those beyond it to their logarithm."""
+
 _LOGISTIC_SD = math.pi / math.sqrt(3.0)
 _MOST_LOG_SCALE = 8.0
 _MOST_LOG = 80.0  # of a softened value beyond that
@@ -190,7 +192,7 @@ class AutoregressiveDistribution(AbstractDistribution):
 
     def _value_terms(self, params, value, tables, kind):
         """Ln p of values in their columns: of a density, or of a cell."""
-        heavy = tables["heavy"]
+        heavy = tables.get("heavy")
         if kind == "density":
             near, warp = _warped(value, heavy)
             z, log_det = self.template.inverse_kernel(params, near)
@@ -223,9 +225,8 @@ class AutoregressiveDistribution(AbstractDistribution):
         owner, flagged = _feature_table(self.laws)
         state = state[owner]
         code = expand(jnp.asarray(flagged, value.dtype), state.ndim)
-        units = jnp.asarray([law.heavy or 1.0 for law in self.laws], value.dtype)[owner]
-        near = value[owner] / expand(units, state.ndim)
-        numbers = jnp.where(state == 0, _softened(near), 0)
+        near = _in_units(value, _tables(self.laws, value).get("heavy"))
+        numbers = jnp.where(state == 0, _softened(near[owner]), 0)
         return jnp.where(code < 0, numbers, (state == code).astype(value.dtype))
 
     # ------------------------------------------------------------------------------ sampling
@@ -267,7 +268,9 @@ class AutoregressiveDistribution(AbstractDistribution):
                 own = theta[logits:] + expand(template.params, theta.ndim)
                 noise = jr.logistic(value_key, batch, x.dtype)
                 drawn = template.forward_kernel(own, noise)[0]
-                drawn = jnp.where(at["heavy"] > 0, at["heavy"] * _hardened(drawn), drawn)
+                if "heavy" in at:
+                    far = at["heavy"] * _hardened(drawn)
+                    drawn = jnp.where(at["heavy"] > 0, far, drawn)
                 if "cells" in kinds:
                     drawn = jnp.where(at["cells"], _onto_grid(drawn, at), drawn)
                 here = at["valued"] & (state == 0)
@@ -279,7 +282,7 @@ class AutoregressiveDistribution(AbstractDistribution):
                     cells = self._value_terms(own, value, at, "cells")
                     terms = jnp.where(at["cells"], cells, terms)
                 term = term + jnp.where(here, terms, 0)
-            near = value / _unit(at["heavy"])
+            near = _in_units(value, at.get("heavy"))
             return _block(near, state, at["valued"], at["states"], most), (value, state, term)
 
         xs = tables | {"value": x[0], "state": x[1], "key": jr.split(key, len(self.laws))}
@@ -344,7 +347,7 @@ class AutoregressiveDistribution(AbstractDistribution):
         if any(law.value for law in self.laws):
             own = params[logits:] + expand(self.template.params, params.ndim)
             left = value - 0.5 * tables["width"]
-            z, _ = self.template.inverse_kernel(own, _warped(left, tables["heavy"])[0])
+            z, _ = self.template.inverse_kernel(own, _warped(left, tables.get("heavy"))[0])
             below = jnp.where(left < tables["low"], 0, jax.nn.sigmoid(z))
             below = jnp.where(left > tables["high"], 1, below)
             # As a difference of probabilities it would have no digits far above.
@@ -352,10 +355,8 @@ class AutoregressiveDistribution(AbstractDistribution):
             at = jnp.where(tables["width"] > 0, at, 0)
         if logits:
             counts = jnp.asarray([self._open(law) for law in self.laws], value.dtype)
-            row = expand(jnp.arange(logits, dtype=value.dtype), value.ndim + 1)
-            used = row < expand(counts, value.ndim)[None]
-            lowest = jnp.finfo(value.dtype).min
-            p = jnp.where(used, jax.nn.softmax(jnp.where(used, params[:logits], lowest), axis=0), 0)
+            row, log_p = _log_shares(params[:logits], expand(counts, value.ndim))
+            p = jnp.exp(log_p)
             valued = expand(jnp.asarray([law.value is not None for law in self.laws]), value.ndim)
             within = valued & (state == 0)
             own = jnp.where(row == state[None], p, 0).sum(0)
@@ -465,38 +466,46 @@ def _block(value, state, valued, states, most: int):
 
 def _softened(value: Array) -> Array:
     """The value within ±4 and ±(4 + ln(1 + |x| − 4)) beyond: outliers do not swamp a network."""
-    excess = jnp.maximum(jnp.abs(value) - _LINEAR, 0)
-    return jnp.where(excess > 0, jnp.sign(value) * (_LINEAR + jnp.log1p(excess)), value)
+    excess = jnp.maximum(jnp.abs(value) - LINEAR, 0)
+    return jnp.where(excess > 0, jnp.sign(value) * (LINEAR + jnp.log1p(excess)), value)
 
 
 def _hardened(value: Array) -> Array:
     """The inverse of `_softened`; what would overflow ends far out."""
-    excess = jnp.clip(jnp.abs(value) - _LINEAR, 0, _MOST_LOG)
-    return jnp.where(excess > 0, jnp.sign(value) * (_LINEAR + jnp.expm1(excess)), value)
+    excess = jnp.clip(jnp.abs(value) - LINEAR, 0, _MOST_LOG)
+    return jnp.where(excess > 0, jnp.sign(value) * (LINEAR + jnp.expm1(excess)), value)
 
 
-def _warped(value: Array, heavy: Array) -> tuple[Array, Array]:
+def _warped(value: Array, heavy: Array | None) -> tuple[Array, Any]:
     """The value as a template sees it, and the logarithm of the slope of that."""
-    near = value / _unit(heavy)
-    slope = -jnp.log1p(jnp.maximum(jnp.abs(near) - _LINEAR, 0)) - jnp.log(_unit(heavy))
+    if heavy is None:
+        return value, 0
+    near = _in_units(value, heavy)
+    slope = -jnp.log1p(jnp.maximum(jnp.abs(near) - LINEAR, 0))
+    slope = slope - jnp.log(jnp.where(heavy > 0, heavy, 1))
     return jnp.where(heavy > 0, _softened(near), value), jnp.where(heavy > 0, slope, 0)
 
 
-def _unit(heavy: Array) -> Array:
-    """In which values are told to a network."""
-    return jnp.where(heavy > 0, heavy, 1)
+def _in_units(value: Array, heavy: Array | None) -> Array:
+    """The value in the unit of its column's law, where that has heavy tails."""
+    return value if heavy is None else value / jnp.where(heavy > 0, heavy, 1)
 
 
 def _pick(logits: Array, state: Array, states: Any) -> Array:
     """The log-probability of a state among the first `states`; zero where withheld."""
-    row = expand(jnp.arange(logits.shape[0], dtype=state.dtype), logits.ndim)
-    used = row < (states[None] if states.ndim else states)
-    lowest = jnp.finfo(logits.dtype).min
-    log_p = jax.nn.log_softmax(jnp.where(used, logits, lowest), axis=0)
-    chosen = (row == state[None]) & used
+    row, log_p = _log_shares(logits, states)
+    chosen = (row == state[None]) & (row < (states[None] if states.ndim else states))
     found = jnp.where(chosen, log_p, 0).sum(0)
     known = jnp.where(chosen.any(0), found, -jnp.inf)
     return jnp.where(jnp.isnan(state), jnp.nan, jnp.where(state == WITHHELD, 0, known))
+
+
+def _log_shares(logits: Array, states: Any) -> tuple[Array, Array]:
+    """The numbers of all states, and their log-probabilities among the first `states`."""
+    row = expand(jnp.arange(logits.shape[0], dtype=logits.dtype), logits.ndim)
+    used = row < (states[None] if states.ndim else states)
+    lowest = jnp.finfo(logits.dtype).min
+    return row, jax.nn.log_softmax(jnp.where(used, logits, lowest), axis=0)
 
 
 def _draw_state(key: PRNGKeyArray, logits: Array, states: Any) -> Array:
@@ -519,8 +528,9 @@ def _tables(laws: Sequence[ColumnLaw], like: Array) -> dict[str, Array]:
         "origin": [law.origin for law in laws],
         "low": [-math.inf if law.low is None else law.low for law in laws],
         "high": [math.inf if law.high is None else law.high for law in laws],
-        "heavy": [law.heavy for law in laws],
     }
+    if any(law.heavy for law in laws):  # most have none, and need no logarithms
+        lists["heavy"] = [law.heavy for law in laws]
     return {name: expand(jnp.asarray(v, like.dtype), like.ndim) for name, v in lists.items()}
 
 

@@ -1,6 +1,5 @@
 """Draws in ArviZ: smoothed weights against known tails, groups, LOO, WAIC and predictions."""
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,8 +11,9 @@ from scipy import stats
 
 from laminar._errors import InputError, ShapeError
 from laminar.inference import as_target
-from laminar.inference.arviz import loo, predictive, psis, to_arviz, waic
+from laminar.inference.arviz import load_arviz, loo, predictive, psis, to_arviz, waic
 
+az = load_arviz()
 KEY, RNG = jr.key(0), np.random.default_rng(0)
 
 

@@ -107,7 +107,6 @@ class FlowClassifier(ClassifierMixin, RowReader):
         w = np.ones(len(table)) if w is None else w
         index = np.flatnonzero(w > 0)
         table, y, w = table.take(index), y[index], w[index] / w[index].mean()
-        self._names = table.names
         self.classes_, code = np.unique(y, return_inverse=True)
         self.priors_ = self._checked_priors(np.bincount(code, weights=w))
         if not 0 < self.validation < 1:
@@ -157,7 +156,7 @@ class FlowClassifier(ClassifierMixin, RowReader):
                 f"fit, and fitting needs at least {MIN_ROWS}; give more rows or less validation."
             )
         weights = None if (w == w[0]).all() else w[~held] / w[~held].mean()
-        rows = Rows(z[~held], self._indicators(code[~held]), weights)
+        rows = Rows(z[~held], np.eye(len(self.classes_))[code[~held]], weights)
         options = {"noise": self._schema.noise, "validation": _STOPPING, "progress": False}
         trained = fit_mixed(self._schema)(seed, rows, time_limit=self.time_limit, **options)
         self.model_ = trained.flow
@@ -248,7 +247,8 @@ class FlowClassifier(ClassifierMixin, RowReader):
             if not len(found):
                 raise InputError(f"FlowClassifier has no class {label!r}.")
             code = np.full(n_samples, found[0])
-        drawn = Table(self._names, self._draw(code, seed), "the samples", cells=self._cells_of())
+        cells = tuple(column.cells for column in self._schema.columns)
+        drawn = Table(self._schema.names, self._draw(code, seed), "the samples", cells=cells)
         rows = drawn.values if self._like is None else to_frame(drawn, self._like)
         return rows, self.classes_[code]
 
@@ -274,27 +274,22 @@ class FlowClassifier(ClassifierMixin, RowReader):
         z, terms = self._schema.encode(table.values)
         return self._class_log_prob(z), terms[:, None]
 
-    def _indicators(self, code: np.ndarray) -> np.ndarray:
-        """The condition of the law of mixed rows: which class, (N, K)."""
-        return np.eye(len(self.classes_))[code]
-
-    def _cells_of(self) -> Any:
-        """What the numbers of the rows stand for, or None."""
-        return tuple(self._cells.values()) if self._typed else None
+    @property
+    def _laws(self) -> list[tuple[AbstractDistribution, Any]]:
+        """For each class a density, and the condition that it takes."""
+        if not self._schema.mixed:
+            return [(density, None) for density in self.densities_]
+        return [(self.model_, own) for own in cast(np.eye(len(self.classes_)), self.model_)]
 
     def _draw(self, code: np.ndarray, seed: int) -> np.ndarray:
         """Rows (N, C) of some classes."""
         z = np.empty((len(code), *self._schema.shape))
-        for k, key in enumerate(jr.split(jr.key(seed), len(self.classes_))):
+        keys = jr.split(jr.key(seed), len(self.classes_))
+        for k, (key, (density, own)) in enumerate(zip(keys, self._laws, strict=True)):
             mine = np.flatnonzero(code == k)
-            if not len(mine):
-                continue
-            if hasattr(self, "model_"):
-                own = cast(self._indicators(np.array(k)), self.model_)
-                drawn = self.model_.sample(key, (padded_length(len(mine)),), own)
-            else:
-                drawn = self.densities_[k].sample(key, (padded_length(len(mine)),))
-            z[mine] = np.asarray(drawn)[: len(mine)]
+            if len(mine):
+                drawn = density.sample(key, (padded_length(len(mine)),), own)
+                z[mine] = np.asarray(drawn)[: len(mine)]
         return self._schema.decode(z, seed=seed)
 
     def _density(
@@ -315,12 +310,8 @@ class FlowClassifier(ClassifierMixin, RowReader):
 
     def _class_log_prob(self, z: np.ndarray) -> np.ndarray:
         """The ln p(z | k) of standardised rows, (N, K)."""
-        if hasattr(self, "model_"):
-            rows = cast(padded(z), self.model_)
-            classes = cast(self._indicators(np.arange(len(self.classes_))), self.model_)
-            each = [self.model_.log_prob(rows, own) for own in classes]
-        else:
-            each = [density.log_prob(cast(padded(z), density)) for density in self.densities_]
+        rows = padded(z)
+        each = [density.log_prob(cast(rows, density), own) for density, own in self._laws]
         return np.stack([np.asarray(log_p, np.float64)[: len(z)] for log_p in each], axis=1)
 
 

@@ -33,6 +33,7 @@ from laminar.bijections.templates import Composed
 from laminar.distributions import Normal, StudentT
 from laminar.flow import Flow
 from laminar.mixtures import Mixture
+from laminar.tables.model import padded_length
 from laminar.train.mixtures import Knots
 
 TAIL_DF = 2.0
@@ -42,7 +43,6 @@ _REACH = 4.0  # of the splines, in units of the base
 _HALVINGS = 40
 _REACH_OF_MEAN, _STEP_OF_MEAN = 8.0, 0.25
 _CHUNK = 2048
-_LEAST_ROWS = 32
 
 
 def make_members(
@@ -127,14 +127,6 @@ def draw(law: Flow, key: PRNGKeyArray, n: int, condition: np.ndarray) -> np.ndar
 
 
 # --- compiled, batch last ------------------------------------------------------------------------
-
-
-def padded_length(rows: int) -> int:
-    """The length of a chunk that `rows` rows are padded to: few lengths, so few programs."""
-    length = _LEAST_ROWS
-    while length < rows:
-        length *= 2
-    return length
 
 
 def _by_chunks(run: Callable, law: Flow, condition: np.ndarray, *values: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from laminar.mixed import ColumnLaw
+from laminar.mixed import LINEAR, ColumnLaw
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)
 """Numbers of components that a mixture is tried with."""
@@ -126,7 +126,7 @@ def independent(train: Rows, held_out: Rows, laws: Sequence[ColumnLaw]) -> np.nd
         if law.value is None:
             continue
         own = train.x[seen == 0, 0, i]
-        own, _ = softened(own if len(own) else np.zeros(1), law.heavy)
+        own, _ = _softened(own if len(own) else np.zeros(1), law.heavy)
         middle = float(np.median(own))
         scale = max(float(np.std(own)) * math.sqrt(3) / math.pi, 1e-3)
         scale = scale if law.heavy else max(scale, law.width)
@@ -134,13 +134,13 @@ def independent(train: Rows, held_out: Rows, laws: Sequence[ColumnLaw]) -> np.nd
     return total
 
 
-def softened(value: np.ndarray, heavy: float) -> tuple[np.ndarray, np.ndarray]:
+def _softened(value: np.ndarray, heavy: float) -> tuple[np.ndarray, np.ndarray]:
     """Values as the template of a law with heavy tails sees them, and the slope's logarithm."""
     if not heavy:
         return value, np.zeros_like(value)
     near = value / heavy
-    beyond = np.maximum(np.abs(near) - 4.0, 0.0)
-    soft = np.where(beyond > 0, np.sign(near) * (4.0 + np.log1p(beyond)), near)
+    beyond = np.maximum(np.abs(near) - LINEAR, 0.0)
+    soft = np.where(beyond > 0, np.sign(near) * (LINEAR + np.log1p(beyond)), near)
     return soft, -np.log1p(beyond) - math.log(heavy)
 
 
@@ -149,7 +149,7 @@ def _logistic(value: np.ndarray, law: ColumnLaw, middle: float, scale: float) ->
     from scipy.stats import logistic
 
     if law.value == "density":
-        near, slope = softened(value, law.heavy)
+        near, slope = _softened(value, law.heavy)
         return np.asarray(logistic.logpdf(near, middle, scale)) + slope
     half = law.width / 2
     above = np.where(
@@ -158,7 +158,7 @@ def _logistic(value: np.ndarray, law: ColumnLaw, middle: float, scale: float) ->
     below = np.where(
         value - half < (-np.inf if law.low is None else law.low), -np.inf, value - half
     )
-    below, above = (softened(ends, law.heavy)[0] for ends in (below, above))
+    below, above = (_softened(ends, law.heavy)[0] for ends in (below, above))
     a, b = (below - middle) / scale, (above - middle) / scale
     # The cell on the side where the distribution function is small keeps its digits.
     mass = np.where(a > 0, expit(-a) - expit(-b), expit(b) - expit(a))

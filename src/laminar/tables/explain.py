@@ -400,26 +400,22 @@ def _per_unit(plan: _Plan, z: np.ndarray, score: Callable[[np.ndarray], np.ndarr
 
 
 def _pieces(plan: _Plan, z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
-    """The mass between neighbouring nodes, (N, G − 1), of a density that is log-linear there."""
+    """The mass between neighbouring nodes, (N, G − 1), of a log-density that is cubic there."""
     left, right = log_f[:, :-1], log_f[:, 1:]
     width = np.diff(z, axis=1)
     high, low = np.maximum(left, right), np.minimum(left, right)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        fall = np.where(np.isfinite(high), high - low, 0.0)
     with np.errstate(invalid="ignore", over="ignore"):
+        fall = np.where(np.isfinite(high), high - low, 0.0)
         bend = _bent(z, log_f)
-    if plan.gridded:
-        steps = np.round(width * plan.column.scale / plan.column.step)
-        pieces = np.exp(high) * _points(steps, fall) * np.where(steps > 1, bend, 1.0)
-    else:
-        with np.errstate(invalid="ignore", divide="ignore"):
+        if not plan.gridded:
             # (1 − e^{−t}) / t, which is the mean of e^{−ts} over s in (0, 1)
             mean = np.where(fall > 1e-8, -np.expm1(-fall) / np.where(fall > 0, fall, 1.0), 1.0)
-        pieces = width * np.exp(high) * np.where(np.isinf(fall), 0.0, mean) * bend
-    if plan.gridded:
-        # A sum over points, not an integral: both outermost points have their other halves.
-        pieces[:, 0] += 0.5 * np.exp(left[:, 0])
-        pieces[:, -1] += 0.5 * np.exp(right[:, -1])
+            return width * np.exp(high) * np.where(np.isinf(fall), 0.0, mean) * bend
+    steps = np.round(width * plan.column.scale / plan.column.step)
+    pieces = np.exp(high) * _points(steps, fall) * np.where(steps > 1, bend, 1.0)
+    # A sum over points, not an integral: both outermost points have their other halves.
+    pieces[:, 0] += 0.5 * np.exp(left[:, 0])
+    pieces[:, -1] += 0.5 * np.exp(right[:, -1])
     return pieces
 
 
@@ -437,11 +433,11 @@ def _bent(z: np.ndarray, log_f: np.ndarray) -> np.ndarray:
     h, rise = np.where(known, width, 1.0), np.where(known, rise, 0.0)
     slope = rise / h
     before, after = slope[:, :-1], slope[:, 1:]
-    same = known[:, :-1] & known[:, 1:] & (before * after > 0)
+    both = known[:, :-1] & known[:, 1:]
+    same = both & (before * after > 0)
     weight = (1 + h[:, 1:] / (h[:, :-1] + h[:, 1:])) / 3
     safe = np.where(same, weight * after + (1 - weight) * before, 1.0)
     inner = np.where(same, before * after / safe, 0.0)
-    both = known[:, :-1] & known[:, 1:]
     # Beside a piece of which nothing is known the density goes on as it is.
     left = np.concatenate([slope[:, :1], np.where(both, inner, after)], axis=1)
     right = np.concatenate([np.where(both, inner, before), slope[:, -1:]], axis=1)

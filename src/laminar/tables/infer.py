@@ -83,7 +83,7 @@ def learn_column(
         raise InputError(f"Column {name!r} holds values beyond 1e150; divide it by a constant.")
     if len(distinct) == 1 and not missing:
         return Column(name, "constant", float(distinct[0]), cells=cells)
-    kind = kind or _kind(cells, distinct, counts, condition)
+    kind = kind or _kind(cells, there, condition)
     if kind == "ignored":
         return Column(name, "ignored", 0.0, cells=cells)
     _check_fit(name, kind, cells)
@@ -146,10 +146,10 @@ def looks_like_identifier(cells: Cells, values: np.ndarray) -> bool:
     return cells.kind == "text" and many > FEW and 2 * many > len(there)
 
 
-def _kind(cells: Cells, distinct: np.ndarray, counts: np.ndarray, condition: bool) -> Kind:
+def _kind(cells: Cells, there: np.ndarray, condition: bool) -> Kind:
     """What the cells say a column is."""
     if cells.kind == "text":
-        if looks_like_identifier(cells, np.repeat(distinct, counts)):
+        if looks_like_identifier(cells, there):
             return "ignored"
         return "ordinal" if cells.ordered and not condition else "categorical"
     return cells.kind if cells.kind in ("boolean", "integer", "datetime") else "real"
