@@ -120,7 +120,7 @@ def trained(family: Family, key, rows: Rows, **budget):
         rows.train,
         validation=Batch(rows.validation),
         objective=family.objective,
-        learning_rate=family.rate,
+        learning_rate=3e-3,
         batch_size=BATCH,
         ema=0.999,
         patience=None,

@@ -13,45 +13,58 @@ import laminar
 PAGE = Path(__file__).parent / "catalogue.md"
 
 LIBRARIES = {
-    "f": ("FlowJAX", "19.1"),
-    "z": ("zuko", "1.6"),
-    "N": ("normflows", "1.7"),
+    "f": ("FlowJAX", "19.1.2"),
+    "z": ("zuko", "1.6.0"),
+    "N": ("normflows", "1.7.3"),
     "n": ("nflows", "0.14"),
-    "t": ("torchflows", "1.2"),
-    "d": ("distrax", "0.1"),
+    "t": ("torchflows", "1.2.1"),
+    "d": ("distrax", "0.1.9"),
     "i": ("FrEIA", "0.2"),
 }
 
-# What it is, laminar's names, and the letters of the libraries whose documentation shows it.
+# What it is, laminar's names (none where it lacks it), and the letters of the libraries whose
+# release has it.
 ROWS = {
     "Scalar maps": [
         ("Affine and additive", "Affine Shift", "fzNntdi"),
-        ("Exponential, softplus, power", "Exp Softplus Power", "fzn"),
-        ("Sigmoid, logit, tanh", "Sigmoid logit Tanh LeakyTanh", "fnd"),
+        ("Exponential, softplus, power", "Exp Softplus Power", "fzd"),
+        ("Sigmoid, logit, tanh", "Sigmoid logit Tanh LeakyTanh", "fzNndi"),
         ("Sinh–arcsinh", "SinhArcsinh", ""),
-        ("Rational-quadratic spline", "RationalQuadratic", "fzNntdi"),
-        ("Circular rational-quadratic spline", "RationalQuadratic", "zN"),
-        ("Linear spline", "Linear", "nti"),
-        ("Mixture of logistics (Flow++)", "MixtureCDF", ""),
+        ("Rational-quadratic spline", "RationalQuadratic", "fzNntd"),
+        ("Circular rational-quadratic spline", "RationalQuadratic", "zNd"),
+        ("Linear spline", "Linear", "nt"),
+        ("Quadratic and cubic splines", "", "n"),
+        ("Linear-rational spline", "", "t"),
+        ("Mixture of logistics (Flow++)", "MixtureCDF", "t"),
+        ("Mixture of normals, back through their quantiles", "", "z"),
         ("Deep sigmoidal (NAF)", "DeepSigmoidal naf", "zt"),
-        ("Unconstrained monotone (UMNN)", "UnconstrainedMonotone", "znt"),
+        ("Unconstrained monotone (UMNN)", "UnconstrainedMonotone", "zt"),
         ("Sum-of-squares polynomial", "SumOfSquares", "z"),
         ("Bernstein polynomial", "Bernstein", "z"),
         ("Heavy tails", "TailTransform", ""),
+        ("Tanh with logarithmic tails", "", "n"),
+        ("Leaky ReLU", "", "ni"),
+        ("Softclip, sine, cosine, signed power", "", "z"),
+        ("Distribution functions: Cauchy, Gumbel, a given one", "", "znd"),
         ("Quantiles of data", "QuantileMap", ""),
-        ("Any monotone function, inverted numerically", "NumericalInverse", "f"),
+        ("Any monotone function, inverted numerically", "NumericalInverse", "fz"),
+        ("A function in JAX, inverted from its trace", "", "d"),
     ],
     "Linear maps": [
-        ("Triangular", "Triangular", "fd"),
+        ("Triangular", "Triangular", "ftd"),
         ("LU", "LU", "zNntd"),
-        ("QR", "QR", "n"),
+        ("QR", "QR", "nt"),
         ("SVD", "SVD", "n"),
-        ("Householder reflections", "Householder", "fni"),
+        ("Householder reflections", "Householder", "fnti"),
         ("Cayley", "Cayley", ""),
-        ("Matrix exponential", "MatrixExponential", ""),
+        ("Matrix exponential", "MatrixExponential", "z"),
         ("Low rank", "LowRank", "d"),
-        ("ActNorm", "ActNorm", "Nni"),
-        ("Permutations", "Permute", "fzNni"),
+        ("Any square matrix, by its determinant", "", "Nndi"),
+        ("Orthogonal matrix, projected while it trains", "", "i"),
+        ("Discrete cosine transform", "", "f"),
+        ("ActNorm", "ActNorm", "Nnti"),
+        ("Batch normalisation", "", "Nn"),
+        ("Permutations", "Permute", "fzNnti"),
     ],
     "Layers and architectures": [
         ("Coupling, any scalar map inside", "Coupling coupling", "fztd"),
@@ -60,43 +73,56 @@ ROWS = {
             "MaskedAutoregressive masked_autoregressive",
             "fzt",
         ),
-        ("NICE", "nice", "zNti"),
+        ("Along a given graph of the columns", "masked_autoregressive", "zt"),
+        ("NICE", "nice", "fzNntdi"),
         ("RealNVP", "realnvp", "fzNntdi"),
+        ("GIN: scales that keep the volume", "", "i"),
         ("MAF", "maf", "fzNnt"),
-        ("IAF", "iaf", "ft"),
-        ("Neural spline flow", "nsf", "fzNnt"),
+        ("IAF", "iaf", "fzNnt"),
+        ("Neural spline flow", "nsf", "fzNntd"),
+        ("Triangular spline flow", "", "f"),
         ("Block neural autoregressive flow", "BlockAutoregressive bnaf", "f"),
         ("Planar", "Planar planar", "fNt"),
         ("Radial", "Radial radial", "Nt"),
         ("Sylvester", "Sylvester sylvester", "t"),
         ("Residual flow", "Residual residual LipschitzMLP", "Nti"),
+        ("Proximal residual flow", "", "t"),
         ("Gaussianization", "gaussianization", "z"),
-        ("A map of its own for each column", "Stack", "f"),
+        ("A map of its own kind for each column", "Stack", "fzi"),
+        ("Affine maps from the condition alone", "amortized", "fzNti"),
         ("Parameters of any map from a network", "Amortized amortized", ""),
+        ("Layers that become invertible by training (InvAuto)", "", "i"),
     ],
     "Continuous flows": [
         ("Neural ODE", "Continuous cnf VelocityField", "zt"),
+        ("Neural ODE with a convolutional velocity", "", "t"),
         ("RNODE regularisation", "rnode", "t"),
+        ("OT-Flow: a potential with a closed trace", "", "t"),
         ("Flow matching", "flow_matching", ""),
     ],
     "Manifolds": [
+        ("Turns of a circle", "CircleMoebius", "zN"),
         ("Möbius maps of the circle", "CircleMoebius", ""),
-        ("Tori: coupling and autoregression of circular maps", "torus", "zN"),
+        ("Tori: coupling and autoregression of circular maps", "torus", "zNd"),
         ("Spheres: recursive", "Cylindrical sphere", ""),
         ("Spheres: exponential maps", "ExponentialMap", ""),
         ("Spheres: Möbius and projective maps", "SphereMoebius Projective", ""),
-        ("Simplex", "StickBreaking Softmax", ""),
+        ("Simplex", "StickBreaking Softmax", "z"),
         ("Rotations, SO(3)", "RotationCoupling QuaternionMap rotations", ""),
+        ("Covariance and correlation matrices", "", "z"),
     ],
     "Images and sequences": [
-        ("Squeeze", "Squeeze", "Nni"),
+        ("Squeeze", "Squeeze", "Nnti"),
         ("Haar wavelet", "Haar", "i"),
         ("Invertible 1×1 convolution", "conv1x1 Positionwise", "Nnti"),
         ("Periodic convolution", "PeriodicConv", ""),
-        ("Checkerboard and channel masks", "MaskedCoupling conv_coupling", "d"),
-        ("Multiscale", "multiscale Leading", "Nnt"),
+        ("Coupling by channels", "conv_coupling channel_mask", "Nntdi"),
+        ("Coupling by a checkerboard", "MaskedCoupling checkerboard_mask", "Ntd"),
+        ("Multiscale", "multiscale Leading", "Nnti"),
         ("Glow", "glow", "Nti"),
-        ("Dequantisation, uniform and variational", "Dequantise", ""),
+        ("Residual flow with convolutions", "", "Nti"),
+        ("Dequantisation, uniform", "Dequantise", "N"),
+        ("Dequantisation, variational", "Dequantise dequantisation_noise", ""),
         (
             "Transformer autoregression over patches (TarFlow)",
             "TransformerAutoregressive tarflow",
@@ -105,17 +131,21 @@ ROWS = {
     ],
     "Stochastic maps and surjections": [
         ("Langevin and Hamiltonian steps", "Langevin Hamiltonian Leapfrog", "N"),
+        ("Metropolis–Hastings steps", "", "N"),
         ("Augmented flows, slices", "Slice", "N"),
         ("Absolute value", "AbsoluteValue", ""),
         ("Sorting", "Sort Ordered", ""),
     ],
     "Conditions encoded by a network": [
+        ("Any network, trained with the flow", "Flow", "fn"),
         ("Sets, sequences, images", "SetEncoder SequenceEncoder ImageEncoder", ""),
     ],
     "Putting together": [
         ("Chains and inverses", "Chain Invert Identity", "fzNntdi"),
+        ("One map between another and its inverse", "", "fn"),
         ("Layers under a scan", "Repeat repeat", "f"),
-        ("Slices of an event", "Independent Indexed Reshape", "fd"),
+        ("Slices of an event", "Independent Indexed Reshape", "fzdi"),
+        ("Graphs of layers with several inputs and outputs", "", "i"),
     ],
 }
 
@@ -125,10 +155,18 @@ Every row is a bijection, a surjection or an architecture. The column of laminar
 own names by `docs/_catalogue.py`; they are described under [bijections](bijections.md) and in the
 [reference](api.md).
 
-The other columns were filled in November 2026 from the public documentation of each library and
-the list of its modules: ✓ where it shows the row, ? where we did not find it. A ? does not mean
-that it is missing: it may be there under another name, or take few lines to write. The releases
-of that time are {versions}.
+The other columns were read in November 2026 from the source code of these releases:
+{versions}.
+
+- ✓: the release has it, or a part of it, ready to use: as a class, a function or an option, or as
+  one of its classes around another.
+- –: we found nothing that does it. It may take few lines to write there. In the column of laminar
+  – marks what only others have.
+
+What a repository has beyond the release is not counted, such as splines in FrEIA and UMNN in
+nflows. What zuko passes on from PyTorch is counted. distrax takes the bijectors of TensorFlow
+Probability as its own; they would fill many of its rows, and are not counted. The maps of distrax
+and the transforms of zuko are made from arrays, which a network of your own may give.
 
 Every bijection of laminar is tested by one [contract](check.md#a-bijection-of-your-own) in float32
 and float64 and can be saved; those with parameters take a condition, themselves or through
@@ -138,10 +176,10 @@ statement is made of the others.
 
 
 def cells(names: str) -> str:
-    """Names of laminar as code; one that does not exist is an error."""
+    """Names of laminar as code, – for none; one that does not exist is an error."""
     for name in names.split():
         getattr(laminar, name)
-    return ", ".join(f"`{name}`" for name in names.split())
+    return ", ".join(f"`{name}`" for name in names.split()) or "–"
 
 
 def page() -> str:
@@ -152,7 +190,7 @@ def page() -> str:
     for section, rows in ROWS.items():
         text += [f"## {section}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for what, names, found in rows:
-            marks = ["✓" if letter in found else "?" for letter in LIBRARIES]
+            marks = ["✓" if letter in found else "–" for letter in LIBRARIES]
             text.append(f"| {' | '.join([what, cells(names), *marks])} |")
         text.append("")
     return "\n".join(text)

@@ -45,8 +45,8 @@ def test_a_layer_is_the_network_of_the_paper():
         dense = np.zeros_like(raw)
         for d in range(2):
             rows, own = slice(out * d, out * (d + 1)), slice(into * d, into * (d + 1))
-            dense[rows, : into * d] = raw[rows, : into * d] / into
-            dense[rows, own] = softplus(raw[rows, own]) / into
+            dense[rows, : into * d] = raw[rows, : into * d]
+            dense[rows, own] = softplus(into * raw[rows, own]) / into
         return dense
 
     u = weights(layer.weights[0], 2, 1) @ x + np.asarray(layer.biases[0]) + [-2, 2, -2, 2]
@@ -54,6 +54,16 @@ def test_a_layer_is_the_network_of_the_paper():
     h = np.tanh(u) + softplus(layer.slopes[0]) * (u - np.tanh(u))
     y = weights(layer.weights[1], 1, 2) @ h + np.asarray(layer.biases[1])
     np.testing.assert_allclose(layer.forward(jnp.asarray(x, float), condition)[0], y, rtol=1e-5)
+
+
+def test_a_start_that_bends():
+    """With a key, layers differ, bend, and move about as far as the identity does."""
+    x = jr.normal(jr.key(1), (3, 500))
+    one, other = (BlockAutoregressive(3, units=64, key=jr.key(k)) for k in (0, 2))
+    y, log_det = one.forward(x)
+    assert not np.allclose(y, other.forward(x)[0])
+    assert log_det.std() > 0.1
+    assert 0.1 < y.std() < 10
 
 
 def test_far_points_come_back():

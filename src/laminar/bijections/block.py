@@ -6,18 +6,20 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from jax import lax
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
-from laminar._typing import Array, Shape
+from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection
 from laminar.bijections.numerical import clamped_root
 from laminar.nn.masked import as_order
 from laminar.nn.mlp import matmul
 
 _PIVOT = 2.0  # outermost of the fixed biases that tell the units of a block apart
+_BENT = -3.0  # raw p of a start that bends
 
 
 class BlockAutoregressive(AbstractBijection):
@@ -26,8 +28,9 @@ class BlockAutoregressive(AbstractBijection):
         h_l = α(W_l h_{l−1} + b_l),   h_0 = x,   y = W_L h_{L−1} + b_L
 
     Hidden layers have A units for each entry. W_l is block lower triangular; its diagonal blocks
-    are positive, softplus(raw + ln(e − 1)) / (units summed over), its lower blocks free. The
-    activation, each unit with a p > 0 of its own,
+    are positive, softplus(n raw + ln(e − 1)) / n for n units summed over, its lower blocks free:
+    so a step of training moves it as far as the weights of an ordinary network. The activation,
+    each unit with a p > 0 of its own,
 
         α(u) = tanh u + p (u − tanh u),    α′(u) = 1 − tanh² u + p tanh² u
 
@@ -49,6 +52,8 @@ class BlockAutoregressive(AbstractBijection):
             none.
         order: The position 0, …, D−1 of each entry in the autoregressive order, by default the
             natural one; an array, so that stacked layers may differ.
+        key: Draws a start that bends: weights of order 1/n, and p near 0.1. By default all
+            parameters are zero.
 
     Raises:
         InputError: If a size is not positive, or `order` is not a permutation.
@@ -73,6 +78,7 @@ class BlockAutoregressive(AbstractBijection):
         depth: int = 2,
         cond_dim: int = 0,
         order: Array | None = None,
+        key: PRNGKeyArray | None = None,
     ):
         for name, value in {"dim": dim, "units": units, "depth": depth}.items():
             if value < 1:
@@ -82,9 +88,17 @@ class BlockAutoregressive(AbstractBijection):
         self.order = as_order("BlockAutoregressive", dim, order)
         sizes = [1, *[units] * depth, 1]
         pairs = list(zip(sizes[1:], sizes[:-1], strict=True))
-        self.weights = tuple(jnp.zeros((out * dim, into * dim)) for out, into in pairs)
+
+        def start(at: int, out: int, into: int) -> Array:
+            shape = (out * dim, into * dim)
+            if key is None:
+                return jnp.zeros(shape)
+            return jr.normal(jr.fold_in(key, at), shape) / into
+
+        self.weights = tuple(start(at, *pair) for at, pair in enumerate(pairs))
         self.biases = tuple(jnp.zeros((out * dim,)) for out, _ in pairs)
-        self.slopes = tuple(jnp.zeros((units * dim,)) for _ in range(depth))
+        bend = 0.0 if key is None else _BENT
+        self.slopes = tuple(jnp.full((units * dim,), bend) for _ in range(depth))
         self.cond = jnp.zeros((units * dim, cond_dim)) if cond_dim else None
         self.in_shape, self.units = (dim,), units
         self.cond_shape = (cond_dim,) if cond_dim else None
@@ -106,7 +120,7 @@ class BlockAutoregressive(AbstractBijection):
         places = jnp.arange(dim)
         blocks = raw.reshape((dim, out, dim, into))[places, :, places, :]
         lower = np.kron(np.tri(dim, k=-1, dtype=bool), np.ones((out, into), bool))
-        return jnp.where(lower, raw, 0) / into, positive(blocks) / into
+        return jnp.where(lower, raw, 0), positive(into * blocks) / into
 
     def _offsets(self, condition: Array | None, ndim: int) -> list[Array]:
         """What is added to each layer's products, ``(units, 1, …)`` or with the batch last."""
@@ -125,18 +139,7 @@ class BlockAutoregressive(AbstractBijection):
 
     def forward(self, x, condition=None, *, key=None):
         """``(y, Σ_d ln ∂y_d/∂x_d)`` by one dense pass."""
-        dim = self.in_shape[0]
-        offsets = self._offsets(condition, x.ndim)
-        h, log_slope = x[jnp.argsort(self.order)], jnp.zeros_like(x)[:, None]
-        for index, offset in enumerate(offsets):
-            lower, blocks = self._layer(index)
-            h = _product(lower, h) + _block_product(blocks, h) + offset
-            log_slope = _log_product(blocks, log_slope)
-            if index < len(self.slopes):
-                p = expand(positive(self.slopes[index]), h.ndim)
-                h, log_bend = _bend(h, p)
-                log_slope = log_slope + log_bend.reshape((dim, self.units, *x.shape[1:]))
-        return h[self.order], log_slope.sum((0, 1))
+        return _dense(self, x, condition)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(x, −Σ_d ln ∂y_d/∂x_d)``, entry by entry."""
@@ -184,6 +187,23 @@ class BlockAutoregressive(AbstractBijection):
         x = known[0][self.order]
         log_det = -self.forward(x, condition)[1]
         return x, jnp.where(outside & ~jnp.isnan(log_det), -jnp.inf, log_det)
+
+
+@eqx.filter_checkpoint
+def _dense(layer: BlockAutoregressive, x: Array, condition: Array | None):
+    # Units and log-slopes are faster computed again for the gradient than written and read.
+    dim = layer.in_shape[0]
+    offsets = layer._offsets(condition, x.ndim)
+    h, log_slope = x[jnp.argsort(layer.order)], jnp.zeros_like(x)[:, None]
+    for index, offset in enumerate(offsets):
+        lower, blocks = layer._layer(index)
+        h = _product(lower, h) + _block_product(blocks, h) + offset
+        log_slope = _log_product(blocks, log_slope)
+        if index < len(layer.slopes):
+            p = expand(positive(layer.slopes[index]), h.ndim)
+            h, log_bend = _bend(h, p)
+            log_slope = log_slope + log_bend.reshape((dim, layer.units, *x.shape[1:]))
+    return h[layer.order], log_slope.sum((0, 1))
 
 
 class _Column(eqx.Module):

@@ -128,8 +128,7 @@ class Residual(AbstractTransform):
 
     def forward(self, x, condition=None, *, key=None):
         """``(x + g(x), ln det(I + ∂g/∂x))``."""
-        g = self.net.at(condition)
-        return x + g(x), self._log_det(g, x, key)
+        return _explicit(self, x, condition, key)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(x, −ln det(I + ∂g/∂x))`` at the fixed point of x = y − g(x)."""
@@ -160,6 +159,14 @@ def with_log_det(tree: T, log_det: LogDet, **options: int) -> T:
         return dataclasses.replace(part, log_det=log_det, **options)
 
     return jtu.tree_map(change, tree, is_leaf=lambda part: isinstance(part, Residual))
+
+
+@eqx.filter_checkpoint
+def _explicit(layer: Residual, x: Array, condition: Array | None, key: PRNGKeyArray | None):
+    # The gradient keeps the input alone: to compute the slopes of all units, along every vector,
+    # again is faster than to write and read them, and memory grows with depth by (D,) for an event.
+    g = layer.net.at(condition)
+    return x + g(x), layer._log_det(g, x, key)
 
 
 def _exact(g: Contraction, x: Array) -> Array:

@@ -38,7 +38,6 @@ _MOST_HELD_OUT = 50_000
 _DECAY = 6_000.0  # of mixed rows: weight decay times rows
 _EPOCHS, _BATCH = 60, 256  # of mixed rows: passes, and rows in a step
 _SMALL = 5_000  # rows; fewer get narrower networks
-_RATES = {"bnaf": 0.03}  # of flows that learn nothing at the usual one
 _FOR_SAMPLING = ("planar", "radial", "sylvester")  # which score fast only when told
 
 
@@ -284,8 +283,6 @@ def fit_named(name: str) -> Callable[..., Trained]:
         data, stopping = (
             Batch(*(cast(part, flow) for part in rows.take(index))) for index in (kept, stop)
         )
-        if name in _RATES and options.get("learning_rate") is None:
-            options = {**options, "learning_rate": _RATES[name]}
         try:
             flow, history = fit(
                 fit_key, flow, data, validation=stopping, objective=objective, **options

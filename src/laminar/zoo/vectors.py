@@ -309,18 +309,22 @@ def bnaf(
 
     The fast direction is one dense pass; the other solves for one column after the other. Each
     column has ⌈width / D⌉ hidden units, at least 4, in each of `depth` hidden layers. Arguments
-    are those of `nsf`. Its weights are means over units and move slowly: train it at a rate of 0.03
-    to 0.1, ten times that of other flows, as its authors do.
+    are those of `nsf`.
     """
     check_sizes("bnaf", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
     check_fast("bnaf", fast)
     units = max(4, -(-width // dim))
 
-    def make(order: Array) -> AbstractTransform:
-        layer = BlockAutoregressive(dim, units=units, depth=depth, cond_dim=cond_dim, order=order)
+    def make(at) -> AbstractTransform:
+        order, layer_key = at
+        layer = BlockAutoregressive(
+            dim, units=units, depth=depth, cond_dim=cond_dim, order=order, key=layer_key
+        )
         return Invert(layer) if fast == "log_prob" else layer
 
-    return flow_over(base, dim, repeat(make, layers, over=paired_orders(dim, layers, key)))
+    order_key, layer_key = jr.split(key)
+    over = (paired_orders(dim, layers, order_key), jr.split(layer_key, layers))
+    return flow_over(base, dim, repeat(make, layers, over=over))
 
 
 def planar(
