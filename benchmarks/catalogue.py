@@ -335,16 +335,17 @@ def picture(found: list[Cell], args) -> None:
 
     from laminar.report import canvas
 
-    frames = 5
-    figure, panels = _pictures.figure(
-        "catalogue.py", len(found), 2 + frames, width=1.05, height=1.05
-    )
-    for line, (row, cell) in enumerate(zip(panels, found, strict=True)):
+    paths = []
+    for cell in found:
         flow = laminar.load(model_path(cell, args))
-        x = _planes.rows(cell.data, 3000, args.seed + 1)
         path = flow.path(flow.base.sample(jr.key(args.seed), (3000,)))
-        z = np.stack([np.asarray(p) for p in path.points])
-        steps = np.unique(np.linspace(0, len(z) - 1, frames).round().astype(int))
+        paths.append(np.stack([np.asarray(p) for p in path.points]))
+    steps = np.unique(np.linspace(0, len(paths[0]) - 1, 5).round().astype(int))
+    figure, panels = _pictures.figure(
+        "catalogue.py", len(found), 2 + len(steps), width=1.05, height=1.05
+    )
+    for line, (row, cell, z) in enumerate(zip(panels, found, paths, strict=True)):
+        x = _planes.rows(cell.data, 3000, args.seed + 1)
         colour = np.arctan2(z[0, :, 1], z[0, :, 0])
         for number, axes in enumerate(row):
             axes.set_xticks([])
@@ -357,13 +358,10 @@ def picture(found: list[Cell], args) -> None:
                 points, side = (x, canvas.DATA) if number == 0 else (z[-1], canvas.FLOW)
                 axes.scatter(*points.T, color=side, **dots)
                 head = ("data", "draws")[number]
-            elif number - 2 < len(steps):
+            else:
                 k = steps[number - 2]
                 axes.scatter(*z[k].T, c=colour, cmap="twilight", **dots)
                 head = f"$z_{{{k}}}$"
-            else:
-                axes.set_axis_off()
-                continue
             if line == 0:
                 axes.set_title(head, fontsize=8, color=canvas.INK)
             if number == 0:

@@ -162,6 +162,16 @@ def test_layers_are_set_from_data(name, options):
     np.testing.assert_allclose((z**2).mean(), 1.0, atol=0.1)
 
 
+def test_realnvp_can_keep_its_volume():
+    flow = zoo.realnvp(5, key=jr.key(0), keep_volume=True, **SMALL)
+    flow = eqx.tree_at(lambda f: f.bijection, flow, randomise(flow.bijection, jr.key(3), 0.3))
+    x = jr.normal(jr.key(1), (7, 5))
+    np.testing.assert_allclose(_both_ways(flow, x)[0], x, atol=1e-4)
+    assert not flow.bijection.forward(x.T)[1].any()
+    with pytest.raises(InputError, match="keep_volume takes two columns"):
+        zoo.realnvp(1, key=jr.key(0), keep_volume=True)
+
+
 def test_misuse_is_named():
     with pytest.raises(InputError, match="layers must be at least 1"):
         zoo.nsf(3, key=jr.key(0), layers=0)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from laminar.bijections.compose import Reshape as Reshape
     from laminar.bijections.compose import Stack as Stack
     from laminar.bijections.compose import repeat as repeat
+    from laminar.bijections.conjugate import Conjugate as Conjugate
     from laminar.bijections.continuous import Continuous as Continuous
     from laminar.bijections.continuous import VelocityField as VelocityField
     from laminar.bijections.coupling import Coupling as Coupling
@@ -56,10 +57,12 @@ if TYPE_CHECKING:
     from laminar.bijections.elementwise import AbstractElementwise as AbstractElementwise
     from laminar.bijections.elementwise import Affine as Affine
     from laminar.bijections.elementwise import Exp as Exp
+    from laminar.bijections.elementwise import LeakyReLU as LeakyReLU
     from laminar.bijections.elementwise import LeakyTanh as LeakyTanh
     from laminar.bijections.elementwise import Power as Power
     from laminar.bijections.elementwise import Shift as Shift
     from laminar.bijections.elementwise import Sigmoid as Sigmoid
+    from laminar.bijections.elementwise import SignedPower as SignedPower
     from laminar.bijections.elementwise import SinhArcsinh as SinhArcsinh
     from laminar.bijections.elementwise import Softplus as Softplus
     from laminar.bijections.elementwise import Tanh as Tanh
@@ -71,10 +74,12 @@ if TYPE_CHECKING:
     from laminar.bijections.image import Squeeze as Squeeze
     from laminar.bijections.image import conv1x1 as conv1x1
     from laminar.bijections.image import multiscale as multiscale
+    from laminar.bijections.linear import DCT as DCT
     from laminar.bijections.linear import LU as LU
     from laminar.bijections.linear import ActNorm as ActNorm
     from laminar.bijections.linear import Householder as Householder
     from laminar.bijections.linear import LowRank as LowRank
+    from laminar.bijections.linear import Matrix as Matrix
     from laminar.bijections.linear import Triangular as Triangular
     from laminar.bijections.manifolds import Cylindrical as Cylindrical
     from laminar.bijections.manifolds import ExponentialMap as ExponentialMap
@@ -106,6 +111,9 @@ if TYPE_CHECKING:
     from laminar.bijections.simplex import StickBreaking as StickBreaking
     from laminar.bijections.splines import Linear as Linear
     from laminar.bijections.splines import RationalQuadratic as RationalQuadratic
+    from laminar.bijections.squashing import CDF as CDF
+    from laminar.bijections.squashing import LogTanh as LogTanh
+    from laminar.bijections.squashing import Softclip as Softclip
     from laminar.bijections.surjections import AbsoluteValue as AbsoluteValue
     from laminar.bijections.surjections import Ordered as Ordered
     from laminar.bijections.surjections import Slice as Slice
@@ -148,9 +156,11 @@ if TYPE_CHECKING:
     from laminar.nn.encoders import ImageEncoder as ImageEncoder
     from laminar.nn.encoders import SequenceEncoder as SequenceEncoder
     from laminar.nn.encoders import SetEncoder as SetEncoder
+    from laminar.nn.lipschitz import LipschitzConv as LipschitzConv
     from laminar.nn.lipschitz import LipschitzMLP as LipschitzMLP
     from laminar.nn.masked import MaskedMLP as MaskedMLP
     from laminar.nn.mlp import MLP as MLP
+    from laminar.nn.potential import PotentialField as PotentialField
     from laminar.objectives import Batch as Batch
     from laminar.objectives import nll as nll
     from laminar.spaces import Rotations as Rotations
@@ -182,6 +192,7 @@ if TYPE_CHECKING:
     from laminar.zoo import realnvp as realnvp
     from laminar.zoo import residual as residual
     from laminar.zoo import sylvester as sylvester
+    from laminar.zoo import triangular_spline as triangular_spline
     from laminar.zoo.images import glow as glow
     from laminar.zoo.images import tarflow as tarflow
     from laminar.zoo.manifolds import rotations as rotations
@@ -218,6 +229,7 @@ _NAMES = {
         "Stack",
         "repeat",
     ),
+    "laminar.bijections.conjugate": ("Conjugate",),
     "laminar.bijections.continuous": ("Continuous", "VelocityField"),
     "laminar.bijections.coupling": ("Coupling", "coupling"),
     "laminar.bijections.dequantise": ("Dequantise", "dequantisation_noise"),
@@ -226,10 +238,12 @@ _NAMES = {
         "AbstractElementwise",
         "Affine",
         "Exp",
+        "LeakyReLU",
         "LeakyTanh",
         "Power",
         "Shift",
         "Sigmoid",
+        "SignedPower",
         "SinhArcsinh",
         "Softplus",
         "Tanh",
@@ -244,7 +258,15 @@ _NAMES = {
         "conv1x1",
         "multiscale",
     ),
-    "laminar.bijections.linear": ("ActNorm", "Householder", "LU", "LowRank", "Triangular"),
+    "laminar.bijections.linear": (
+        "ActNorm",
+        "DCT",
+        "Householder",
+        "LU",
+        "LowRank",
+        "Matrix",
+        "Triangular",
+    ),
     "laminar.bijections.manifolds": (
         "Cylindrical",
         "ExponentialMap",
@@ -273,6 +295,7 @@ _NAMES = {
     "laminar.bijections.rotations": ("QuaternionMap", "RotationCoupling"),
     "laminar.bijections.simplex": ("Softmax", "StickBreaking"),
     "laminar.bijections.splines": ("Linear", "RationalQuadratic"),
+    "laminar.bijections.squashing": ("CDF", "LogTanh", "Softclip"),
     "laminar.bijections.surjections": ("AbsoluteValue", "Ordered", "Slice", "Sort"),
     "laminar.bijections.templates": ("as_elementwise",),
     "laminar.conditional": ("ConditionalMixture",),
@@ -303,9 +326,10 @@ _NAMES = {
     "laminar.nn.encoders": ("ImageEncoder", "SequenceEncoder", "SetEncoder"),
     "laminar.nn.attention": ("CausalTransformer",),
     "laminar.nn.conv": ("ConvNet",),
-    "laminar.nn.lipschitz": ("LipschitzMLP",),
+    "laminar.nn.lipschitz": ("LipschitzConv", "LipschitzMLP"),
     "laminar.nn.masked": ("MaskedMLP",),
     "laminar.nn.mlp": ("MLP",),
+    "laminar.nn.potential": ("PotentialField",),
     "laminar.objectives": ("Batch", "nll"),
     "laminar.spaces": ("Rotations", "Simplex", "Sphere"),
     "laminar.tables.flow": ("fit_table",),
@@ -331,6 +355,7 @@ _NAMES = {
         "realnvp",
         "residual",
         "sylvester",
+        "triangular_spline",
     ),
     "laminar.zoo.images": ("glow", "tarflow"),
     "laminar.zoo.manifolds": ("rotations", "sphere", "torus"),

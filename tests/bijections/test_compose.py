@@ -24,6 +24,7 @@ from laminar.bijections.compose import (
     repeat,
     reverse,
 )
+from laminar.bijections.conjugate import Conjugate
 from laminar.bijections.coupling import coupling
 from laminar.bijections.elementwise import Affine, Exp, Shift
 from laminar.bijections.linear import ActNorm
@@ -274,6 +275,24 @@ def test_a_stack_gives_each_slice_a_map_of_its_own():
     np.testing.assert_allclose(z.std(-1), 1.0, atol=1e-4)
     layer = coupling(4, Affine(), marginal=Stack([Affine(), Affine()]), key=jr.key(1))
     assert layer.forward(jnp.zeros(4))[0].shape == (4,)
+
+
+def test_a_conjugate_holds_its_outer_map_once_and_sets_it_from_data():
+    inner = Affine(jnp.ones(3), 2.0)
+    b = Conjugate(ActNorm(3), inner)
+    data = 5 + 3 * jr.normal(jr.key(0), (3, 200))
+    for side in ("out", "in"):
+        moved = b.init_from_data(data, side=side).outer.points("forward", data)
+        np.testing.assert_allclose(moved.mean(1), 0, atol=1e-5)
+        np.testing.assert_allclose(moved.std(1), 1, rtol=1e-5)
+    b = b.init_from_data(data)
+    expected = Chain([b.outer, b.inner, Invert(b.outer)]).forward(data)
+    for got, wanted in zip(b.forward(data), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert len(jax.tree_util.tree_leaves(b)) == 3
+    assert len(b.steps()) == 3
+    with pytest.raises(ShapeError, match="Conjugate: part 0"):
+        Conjugate(ActNorm(3), Affine(shape=(2,)))
 
 
 def test_a_stack_names_what_does_not_fit():

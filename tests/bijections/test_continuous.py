@@ -13,6 +13,7 @@ from cases import _continuous, randomise
 
 import laminar
 from laminar._errors import InputError, ShapeError
+from laminar._params import Frozen
 from laminar._registry import register
 from laminar.bijections.amortized import amortized
 from laminar.bijections.base import Invert, call
@@ -20,6 +21,8 @@ from laminar.bijections.compose import Chain, Independent, Indexed, Stack, repea
 from laminar.bijections.continuous import Continuous, VelocityField, _worst
 from laminar.bijections.elementwise import Affine
 from laminar.bijections.path import first_steps, walk
+from laminar.matching import flow_matching
+from laminar.nn.potential import PotentialField
 from laminar.testing import check_bijection
 
 
@@ -207,6 +210,69 @@ def test_a_field_is_traced_once_and_its_products_are_not_rounded():
     assert all("HIGHEST" in product[:300] for product in products)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_potential_field_is_a_gradient_and_knows_its_divergence(depth):
+    field = PotentialField((1, 3), key=jr.key(0), width=8, depth=depth, cond_dim=2)
+    field = randomise(field, jr.key(1), 0.5)
+    t, z, c = jnp.asarray(0.3), jr.normal(jr.key(2), (1, 3)), jr.normal(jr.key(3), (2,))
+
+    def potential(z):
+        s = jnp.concatenate([z[0], t[None], c])
+        layers = list(zip(field.weights, field.biases, strict=True))
+        u = 0
+        for i, (weight, bias) in enumerate(layers):
+            x = weight @ (u if i else s) + bias
+            u = u + jnp.log(2 * jnp.cosh(x)) / (max(1, depth - 1) if i else 1)
+        return field.head @ u + 0.5 * ((field.root @ s) ** 2).sum() + field.drift @ z[0]
+
+    v, trace = field.with_divergence(t, z, c)
+    np.testing.assert_allclose(v, -jax.grad(potential)(z), atol=1e-5)
+    np.testing.assert_array_equal(v, field(t, z, c))
+    np.testing.assert_allclose(trace, -jnp.trace(jax.hessian(potential)(z)[0, :, 0]), atol=1e-5)
+    batch = jnp.stack([z, z + 1], -1)
+    many = field.with_divergence(jnp.asarray([0.3, 0.6]), batch, c)
+    np.testing.assert_allclose(many[1][0], trace, atol=1e-5)
+    np.testing.assert_allclose(many[0][..., 1], field(jnp.asarray(0.6), z + 1, c), atol=1e-5)
+
+
+def test_a_divergence_that_the_field_knows_is_taken():
+    class Known(eqx.Module):
+        matrix: jax.Array
+
+        def __call__(self, t, z):
+            return self.matrix @ z
+
+        def with_divergence(self, t, z):
+            return self(t, z), 7 + jnp.trace(self.matrix)  # told from the right one
+
+    x = jr.normal(jr.key(1), (3, 4))
+    for field in (Known(MATRIX), Frozen(Known(MATRIX))):
+        flow = Continuous(field, (3,), fixed_steps=16)
+        np.testing.assert_allclose(flow.forward(x)[1], 7 + jnp.trace(MATRIX), atol=1e-4)
+        energies = flow.energies("forward", x)[1]  # which differentiates for the Jacobian's norm
+        np.testing.assert_allclose(energies.log_det, jnp.trace(MATRIX), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["conv", "potential"])
+def test_flow_matching_trains_fields_of_images(kind):
+    shape = (1, 3, 3)
+    if kind == "conv":
+        field = VelocityField(shape, key=jr.key(0), width=8, depth=1, cond_dim=1, kernel=3)
+    else:
+        field = PotentialField(shape, key=jr.key(0), width=16, cond_dim=1)
+    solution = Continuous(field, shape, (1,), fixed_steps=8, solver="midpoint", times=1)
+    flow = laminar.Flow(laminar.Normal(shape), solution)
+    c = jr.bernoulli(jr.key(1), 0.5, (64, 1)).astype(jnp.float32)
+    x = (2 * c - 1)[:, :, None, None] + 0.3 * jr.normal(jr.key(2), (64, *shape))
+    before = flow.log_prob(x, c).mean()
+    options = {"objective": flow_matching(), "steps": 200, "batch_size": 64, "learning_rate": 0.01}
+    flow, _ = laminar.fit(jr.key(3), flow, x, condition=c, **options)
+    assert flow.log_prob(x, c).mean() > before + 2
+    drawn = flow.sample(jr.key(4), (40,), jnp.ones(1))
+    assert drawn.shape == (40, *shape)
+    assert drawn.mean() > 0.3
+
+
 def test_too_few_steps_give_nan():
     y, log_det = Continuous(Linear(50 * MATRIX), (3,), max_steps=3).forward(jnp.ones(3))
     assert jnp.isnan(y).all()
@@ -243,6 +309,12 @@ def test_misuse_is_named():
         Continuous(_field(cond_dim=1), (2,), (1,)).forward(jnp.zeros(2))
     with pytest.raises(InputError, match="depth and frequencies"):
         VelocityField(2, key=jr.key(0), depth=0)
+    with pytest.raises(ShapeError, match=r"\(channels, \*space\)"):
+        VelocityField(2, key=jr.key(0), kernel=3)
+    with pytest.raises(InputError, match="rank must be at least 1"):
+        PotentialField(2, key=jr.key(0), rank=0)
+    with pytest.raises(ShapeError, match="PotentialField needs a condition"):
+        PotentialField(2, key=jr.key(0), cond_dim=1)(jnp.zeros(()), jnp.zeros(2))
     with pytest.raises(InputError, match="cnf: dim"):
         laminar.cnf(0, key=jr.key(0))
 

@@ -168,6 +168,21 @@ def test_stacks_in_repeat_and_trains_every_parameter():
         assert float(jnp.abs(leaf).max()) > 0
 
 
+def test_volume_is_kept_by_affine_maps_alone():
+    layer = coupling(
+        7, Affine(max_log_scale=2.0), key=jr.key(0), width=8, depth=1, keep_volume=True
+    )
+    layer = randomise(layer, jr.key(1))
+    x = jr.normal(jr.key(2), (7,))
+    y, log_det = layer.forward(x)
+    scales = jnp.diag(jax.jacfwd(lambda x: layer.forward(x)[0])(x))[layer.n_identity :]
+    assert float(log_det) == 0 == float(layer.inverse(y)[1])
+    np.testing.assert_allclose(jnp.log(scales).sum(), 0, atol=1e-5)
+    assert float(jnp.abs(jnp.log(scales)).max()) > 0.01
+    with pytest.raises(InputError, match="keep_volume needs an Affine template"):
+        coupling(4, RationalQuadratic(4), key=jr.key(0), keep_volume=True)
+
+
 def test_gradients_are_finite_far_outside():
     b = randomise(coupling(4, RationalQuadratic(4), key=jr.key(0), width=8), jr.key(1))
 

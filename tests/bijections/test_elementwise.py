@@ -17,10 +17,12 @@ from laminar.bijections.compose import Chain, Permute
 from laminar.bijections.elementwise import (
     Affine,
     Exp,
+    LeakyReLU,
     LeakyTanh,
     Power,
     Shift,
     Sigmoid,
+    SignedPower,
     SinhArcsinh,
     Softplus,
     Tanh,
@@ -39,6 +41,8 @@ MAPS = {
     "tanh": Tanh(),
     "leaky": LeakyTanh(),
     "power": Power(1.5),
+    "signed_power": SignedPower(1.5),
+    "leaky_relu": LeakyReLU(0.2),
     "sinh_arcsinh": SinhArcsinh(0.5, 0.7),
 }
 
@@ -52,6 +56,8 @@ MAPS = {
         (Sigmoid(), lambda x: 1 / (1 + np.exp(-x))),
         (Tanh(), np.tanh),
         (SinhArcsinh(0.5, 0.7), lambda x: np.sinh(0.7 * (np.arcsinh(x) + 0.5))),
+        (SignedPower(1.5), lambda x: np.sign(x) * np.abs(x) ** 1.5),
+        (LeakyReLU(0.2), lambda x: np.where(x < 0, 0.2 * x, x)),
     ],
     ids=lambda b: getattr(b, "name", ""),
 )
@@ -63,7 +69,7 @@ def test_value(bijection, expected):
         np.testing.assert_allclose(y, expected(np.asarray(x)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [Affine, Shift, Power, SinhArcsinh])
+@pytest.mark.parametrize("make", [Affine, Shift, Power, SignedPower, SinhArcsinh])
 def test_default_is_the_identity(make):
     template = make()
     assert not template.params.any()
@@ -125,6 +131,14 @@ def test_affine_bound_is_kept():
     assert float(log_det) <= 1.5
 
 
+@pytest.mark.parametrize(("exponent", "expected"), [(2.0, -math.inf), (0.5, math.inf), (1.0, 0.0)])
+def test_the_log_det_of_a_signed_power_at_zero_is_its_slope_there(exponent, expected):
+    y, log_det = SignedPower(exponent).forward(jnp.zeros(()))
+    assert (float(y), float(log_det)) == (0.0, expected)
+    x, log_det = SignedPower(exponent).inverse(jnp.zeros(()))
+    assert (float(x), float(log_det)) == (0.0, -expected)
+
+
 def test_shapes_follow_arguments():
     assert Affine(jnp.zeros(3), 2.0).in_shape == (3,)
     assert Affine(shape=(2, 2)).params.shape == (2, 2, 2)
@@ -140,6 +154,8 @@ def test_shapes_follow_arguments():
         lambda: Affine(scale=9.0, max_log_scale=2.0),
         lambda: Affine(max_log_scale=-1.0),
         lambda: Power(-1.0),
+        lambda: SignedPower(0.0),
+        lambda: LeakyReLU(-0.1),
         lambda: SinhArcsinh(tail=0.0),
         lambda: LeakyTanh(bound=0.0),
         lambda: LeakyTanh(bound=4.5),

@@ -7,6 +7,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.linalg
 from cases import randomise
 
@@ -14,7 +15,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import positive
 from laminar.bijections.base import Invert
 from laminar.bijections.compose import Chain, Repeat, random_permutation, repeat
-from laminar.bijections.linear import LU, ActNorm, Householder, LowRank, Triangular
+from laminar.bijections.linear import DCT, LU, ActNorm, Householder, LowRank, Matrix, Triangular
 from laminar.bijections.orthogonal import QR, SVD, Cayley, MatrixExponential
 
 MAKERS = {
@@ -28,6 +29,7 @@ MAKERS = {
     "svd": lambda key, dim: SVD(dim, key=key),
     "qr": lambda key, dim: QR(dim, key=key, bias=False),
     "cayley": lambda key, dim: Cayley(dim),
+    "any": lambda key, dim: Matrix(dim),
     "exponential": lambda key, dim: MatrixExponential(dim),
 }
 
@@ -257,6 +259,25 @@ def test_the_matrix_exponential_keeps_digits_under_a_common_scale():
     np.testing.assert_allclose(b.matrix, scipy.linalg.expm(raw.astype(np.float64)), rtol=2e-5)
     x = jr.normal(jr.key(1), (4, 5))
     np.testing.assert_allclose(b.inverse(b.forward(x)[0])[0], x, atol=1e-5)
+
+
+def test_a_random_start_is_a_rotation_and_a_singular_matrix_has_no_density():
+    matrix = Matrix(4, key=jr.key(0))
+    np.testing.assert_allclose(matrix.forward(jnp.ones(4))[1], 0, atol=1e-6)
+    flat = eqx.tree_at(lambda m: m.matrix, matrix, jnp.ones((4, 4)))
+    assert float(flat.forward(jnp.ones(4))[1]) == -np.inf
+    assert not bool(jnp.isfinite(flat.inverse(jnp.ones(4))[0]).all())
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_the_cosine_transform_is_that_of_scipy_along_an_axis_of_the_event(axis):
+    x = jr.normal(jr.key(0), (3, 5, 7))  # a batch of seven
+    y, log_det = DCT((3, 5), axis=axis).forward(x)
+    expected = scipy.fft.dct(np.asarray(x), axis=axis % 2, norm="ortho")
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    assert log_det.shape == (7,)
+    with pytest.raises(ShapeError, match="nothing along axis 2"):
+        DCT((3, 5), axis=2)
 
 
 def test_empty_batches():

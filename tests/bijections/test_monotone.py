@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from scipy.integrate import quad
 
@@ -30,6 +31,7 @@ from laminar.bijections.templates import Inverted, as_elementwise
 
 AT_IDENTITY = [
     MixtureCDF(5),
+    MixtureCDF(5, law="normal"),
     DeepSigmoidal(5),
     DeepSigmoidal(4, 3),
     UnconstrainedMonotone(4),
@@ -95,6 +97,27 @@ def test_training_leaves_the_identity_and_reaches_every_parameter(template):
 def test_an_inverted_map_costs_what_its_kernel_does():
     for part in (DeepSigmoidal(8, 3), UnconstrainedMonotone()):
         assert as_elementwise(Invert(part)).row_cost("inverse") >= part.row_cost("forward")
+
+
+def test_a_mixture_of_normals_keeps_its_digits_far_out():
+    template = MixtureCDF(3, law="normal", affine=False)
+    params = _params(template)
+    log_weight = np.log(_softmax(params[:3]))
+    pivot, a = np.linspace(-3, 3, 3), _softplus(params[6:9])
+    x = np.array([-1e3, -30.0, -6.0, -1.0, 0.2, 2.0, 9.0, 1e3])
+    u = a[:, None] * (x - pivot[:, None]) + (pivot - np.asarray(params[3:6]))[:, None]
+    lower, upper = (
+        scipy.special.logsumexp(log_weight[:, None] + scipy.special.log_ndtr(s * u), axis=0)
+        for s in (1, -1)
+    )
+    expected = -np.sign(upper - lower) * abs(scipy.special.ndtri_exp(np.minimum(lower, upper)))
+    weighted = log_weight[:, None] + np.log(a)[:, None] - 0.5 * u * u
+    slope = scipy.special.logsumexp(weighted, axis=0) + 0.5 * expected**2
+    y, log_det = template.forward_kernel(params[:, None], jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(y, expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(log_det, slope, atol=2e-6)
+    with pytest.raises(InputError, match="law must be"):
+        MixtureCDF(law="cauchy")
 
 
 def test_mixture_is_the_distribution_function_of_its_components():

@@ -1,5 +1,7 @@
 """Residual flows: the bound on their network, the three log-dets, and the fixed point."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from laminar.bijections.dynamics import Langevin
 from laminar.bijections.residual import Residual, with_log_det
 from laminar.distributions import Normal
 from laminar.flow import Flow
-from laminar.nn.lipschitz import LipschitzMLP, spectral_bound
+from laminar.nn.lipschitz import LipschitzConv, LipschitzMLP, _norm, spectral_bound
 
 
 def _layer(dim=3, lipschitz=0.8, **options):
@@ -51,6 +53,50 @@ def test_the_network_is_a_contraction_at_any_parameters(scale):
     x = 10 * jr.normal(jr.key(2), (4, 500))
     jacobian = jax.vmap(jax.jacfwd(net), in_axes=-1)(x)
     assert np.linalg.norm(jacobian, 2, axis=(1, 2)).max() <= 0.7 + 1e-5
+
+
+@pytest.mark.parametrize("space", [(5,), (4, 3), (3, 6), (3, 3, 4)])
+def test_the_norm_of_a_convolution_is_bounded_at_every_size_of_space(space):
+    net = randomise(LipschitzConv((2, *space), key=jr.key(0), width=4), jr.key(1))
+    weights = [net.weights[0], net.weights[0] * 0, net.weights[0].at[...].set(1.0)]
+    for weight in weights:
+        g = eqx.tree_at(lambda g: (g.weights, g.biases), net.at(), ((weight,), (jnp.zeros(()),)))
+        matrix = np.asarray(g(jnp.eye(2 * math.prod(space))), np.float64)
+        exact, bound = np.linalg.norm(matrix, 2), float(_norm(weight, space))
+        assert exact * (1 - 1e-5) <= bound <= exact * (4 ** (1 / 256) + 1e-5)
+        grads = jax.grad(lambda w: _norm(w, space))(weight)
+        assert bool(jnp.isfinite(grads).all())
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_convolutional_network_is_a_contraction_and_moves_with_the_image(depth):
+    net = LipschitzConv((2, 4, 5), width=6, depth=depth, cond_dim=3, lipschitz=0.7, key=jr.key(0))
+    assert not net(jnp.ones((2, 4, 5)), jnp.ones(3)).any()
+    net = randomise(net, jr.key(1), 3.0)
+    x, c = 2 * jr.normal(jr.key(2), (2, 4, 5, 6)), jr.normal(jr.key(3), (3, 6))
+    whole = eqx.filter_jit(net)(x, c)
+    np.testing.assert_allclose(net(x[..., 2], c[:, 2]), whole[..., 2], atol=1e-5)
+    jacobian = jax.vmap(jax.jacfwd(net), in_axes=-1)(x, c).reshape(6, 40, 40)
+    size = np.linalg.norm(jacobian, 2, axis=(1, 2)).max()
+    assert 0.05 < size <= 0.7 + 1e-5
+    turned = net(jnp.roll(x, (1, 2), (1, 2)), c)
+    np.testing.assert_allclose(turned, jnp.roll(whole, (1, 2), (1, 2)), atol=1e-5)
+
+
+def test_the_estimates_of_an_image_are_those_of_its_jacobian():
+    net = LipschitzConv((2, 3, 4), width=6, lipschitz=0.7, key=jr.key(0))
+    exact = randomise(Residual(net), jr.key(1))
+    x = jr.normal(jr.key(2), (2, 3, 4, 2))
+    y, truth = exact.forward(x)
+    jacobian = jax.vmap(jax.jacfwd(exact.net), in_axes=-1)(x).reshape(2, 24, 24)
+    expected = np.linalg.slogdet(np.eye(24) + np.asarray(jacobian))[1]
+    np.testing.assert_allclose(truth, expected, atol=1e-5)
+    back, log_det = exact.inverse(y)
+    np.testing.assert_allclose(back, x, atol=1e-5)
+    np.testing.assert_allclose(log_det, -truth, atol=1e-5)
+    guess = with_log_det(exact, "roulette", terms=2)
+    draws = jax.jit(jax.vmap(lambda k: guess.forward(x, key=k)[1]))(jr.split(jr.key(3), 3000))
+    assert _mean_within_errors(draws, np.asarray(truth))
 
 
 @pytest.mark.parametrize("lipschitz", [0.5, 0.99])
@@ -197,5 +243,11 @@ def test_misuse_is_named():
         LipschitzMLP(2, width=0, key=jr.key(0))
     with pytest.raises(InputError, match="needs a condition"):
         LipschitzMLP(2, cond_dim=2, key=jr.key(0))(jnp.zeros(2))
+    with pytest.raises(InputError, match="odd length of at most 2"):
+        LipschitzConv((1, 4, 2), key=jr.key(0))
+    with pytest.raises(ShapeError, match=r"takes events \(C, \*space\)"):
+        LipschitzConv((4,), key=jr.key(0))
+    with pytest.raises(InputError, match="LipschitzConv needs a condition"):
+        LipschitzConv((1, 3), cond_dim=2, key=jr.key(0))(jnp.zeros((1, 3)))
     with pytest.raises(ShapeError, match="takes no bounds"):
         Invert(Langevin(lambda z: -(z**2).sum(), 2))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -260,3 +261,14 @@ def test_a_session_puts_the_settings_back(tmp_path, monkeypatch):
     with jax_session("float64"):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path)
     assert [getattr(jax.config, name) for name in names] == before
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_what_goes_on(monkeypatch, capsys, terminal):
+    shown = StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", shown)
+    with jax_session("float32", no_cache=True, doing="Counting sheep"):
+        print("a result")
+    assert ("Counting sheep" in shown.getvalue()) == terminal
+    assert capsys.readouterr().out == "a result\n"

@@ -4,17 +4,13 @@ A zero-initialised map is the identity and would pass anything, so `make(key)` m
 bijection whose trained leaves are random: `randomise(bijection, key)` does that.
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
+from case import Case, affine, randomise
+from scalar_cases import CIRCLE, ELEMENTWISE, ENDS, NUMERICAL, QUANTILE, SPLINES
 
-from laminar._params import partition
 from laminar._registry import register
 from laminar.bijections import compose, elementwise
 from laminar.bijections import linear as L
@@ -22,9 +18,10 @@ from laminar.bijections import orthogonal as O
 from laminar.bijections.amortized import amortized
 from laminar.bijections.attention import transformer_autoregressive
 from laminar.bijections.autoregressive import masked_autoregressive
-from laminar.bijections.base import AbstractTransform, Identity, Invert
+from laminar.bijections.base import Identity, Invert
 from laminar.bijections.block import BlockAutoregressive
 from laminar.bijections.circle import CircleMoebius
+from laminar.bijections.conjugate import Conjugate
 from laminar.bijections.continuous import Continuous, VelocityField
 from laminar.bijections.coupling import coupling
 from laminar.bijections.dynamics import Leapfrog
@@ -51,174 +48,27 @@ from laminar.bijections.monotone import (
     TailTransform,
     UnconstrainedMonotone,
 )
-from laminar.bijections.numerical import NumericalInverse
-from laminar.bijections.quantile import QuantileMap
 from laminar.bijections.rank_one import Planar, Radial, Sylvester
 from laminar.bijections.residual import Residual
 from laminar.bijections.rotations import QuaternionMap, RotationCoupling
 from laminar.bijections.simplex import Softmax, StickBreaking
-from laminar.bijections.splines import Linear, RationalQuadratic
-from laminar.bijections.templates import as_elementwise
-from laminar.nn.lipschitz import LipschitzMLP
-
-INF = math.inf
-
-
-class Case(NamedTuple):
-    """One bijection of the contract suite.
-
-    Attributes:
-        name: Unique; the test's name.
-        make: ``make(key)`` gives the bijection at random order-one parameters.
-        domain: The interval on which every input of `forward` is valid.
-        image: The interval on which every input of `inverse` is valid.
-        slack: Factor on the error budgets, for maps that amplify rounding; say why where it is
-            not one.
-        edges: Further values at which gradients must be finite, such as knots.
-        slow: Whether another case says nearly as much in less time.
-        long: Whether compiling it takes so long that float64 is left to the long run.
-    """
-
-    name: str
-    make: Callable[..., AbstractTransform]
-    domain: tuple[float, float] = (-INF, INF)
-    image: tuple[float, float] = (-INF, INF)
-    slack: float = 1.0
-    edges: tuple[float, ...] = ()
-    slow: bool = False
-    long: bool = False
-
-
-def randomise(bijection, key, scale: float = 1.0):
-    """Replace every trained leaf by normal draws of standard deviation `scale`."""
-    trained, rest = partition(bijection)
-    leaves, treedef = jtu.tree_flatten(trained)
-    keys = jr.split(key, max(len(leaves), 1))
-    drawn = [
-        scale * jr.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)
-    ]
-    return eqx.combine(jtu.tree_unflatten(treedef, drawn), rest)
-
-
-def _affine(shape):
-    return lambda key: randomise(elementwise.Affine(shape=shape), key)
-
+from laminar.bijections.splines import RationalQuadratic
+from laminar.nn.lipschitz import LipschitzConv, LipschitzMLP
+from laminar.nn.potential import PotentialField
 
 E, C = elementwise, compose
 PERM = np.array([2, 0, 1])
-
-ELEMENTWISE = [
-    Case("affine", lambda key: randomise(E.Affine(shape=(3,)), key)),
-    Case("affine_scalar", lambda key: randomise(E.Affine(), key)),
-    Case("affine_bounded", lambda key: randomise(E.Affine(shape=(3,), max_log_scale=2.0), key)),
-    Case("shift", lambda key: randomise(E.Shift(shape=(2, 2)), key)),
-    Case("exp", lambda key: E.Exp((3,)), image=(0, INF)),
-    Case("softplus", lambda key: E.Softplus((3,)), image=(0, INF)),
-    Case("sigmoid", lambda key: E.Sigmoid((3,)), image=(0, 1)),
-    Case("logit", lambda key: E.logit((3,)), domain=(0, 1)),
-    Case("tanh", lambda key: E.Tanh((3,)), image=(-1, 1)),
-    Case("leaky_tanh", lambda key: E.LeakyTanh((3,), bound=1.0)),
-    Case("power", lambda key: randomise(E.Power(shape=(3,)), key), domain=(0, INF), image=(0, INF)),
-    Case("sinh_arcsinh", lambda key: randomise(E.SinhArcsinh(shape=(3,)), key)),
-    Case(
-        "adapted_chain",
-        lambda key: randomise(
-            as_elementwise(compose.Chain([E.Affine(), Identity(()), E.SinhArcsinh(), E.Shift()])),
-            key,
-        ),
-    ),
-    Case(
-        "composed",
-        lambda key: randomise(
-            as_elementwise(compose.Chain([E.Affine(), E.SinhArcsinh(), E.Shift()])), key
-        ),
-    ),
-]
-
-
-@register("test_contract_cubic")
-def _cubic(params, x):
-    """y = e^a x³ + x + b, which has no simple inverse."""
-    slope = jnp.exp(params[0])
-    return slope * x**3 + x + params[1], jnp.log1p(3 * slope * x * x)
-
-
-RQ = RationalQuadratic
-UNIT = {"interval": (0.0, 1.0), "tails": None}
-ENDS = (-5.0, 5.0)
-CIRCLE = (-math.pi, math.pi)
-KNOTS = (-5.0, -2.5, 2.5, 5.0)
-
-
-def _even_knots(key):
-    """Knots at −5, −2.5, 0, 2.5 and 5 in x and y alike, with random slopes."""
-    spline = RQ(4, (2,), tails="linear")
-    return eqx.tree_at(lambda s: s.params, spline, randomise(spline, key).params.at[:8].set(0))
-
-
-def _even_widths(key):
-    """Knots at the same x, with random heights."""
-    spline = Linear(4, (2,), tails="linear")
-    return eqx.tree_at(lambda s: s.params, spline, randomise(spline, key).params.at[:4].set(0))
-
-
-SPLINES = [
-    Case("rational_quadratic", lambda key: randomise(RQ(8, (3,)), key), edges=ENDS),
-    Case("rational_quadratic_lines", _even_knots, edges=KNOTS, slow=True),
-    Case(
-        "rational_quadratic_circle",
-        lambda key: randomise(RQ(4, (2,), interval=CIRCLE, tails="circular"), key),
-        CIRCLE,
-        CIRCLE,
-        slow=True,
-    ),
-    Case(
-        "rational_quadratic_unit",
-        lambda key: randomise(RQ(4, **UNIT), key),
-        (0, 1),
-        (0, 1),
-        slow=True,
-    ),
-    Case("linear_spline", lambda key: randomise(Linear(5, (3,)), key), edges=ENDS),
-    Case("linear_spline_lines", _even_widths, edges=KNOTS, slow=True),
-    Case(
-        "linear_spline_unit",
-        lambda key: randomise(Linear(4, **UNIT), key),
-        (0, 1),
-        (0, 1),
-        slow=True,
-    ),
-]
-
-
-@register("test_contract_moebius")
-def _moebius(params, x):
-    """y = c x / (1 + (c − 1) x) with c = e^a, of (0, 1) onto itself."""
-    bottom = 1 + jnp.expm1(params[0]) * x
-    return jnp.exp(params[0]) * x / bottom, params[0] - 2 * jnp.log(bottom)
-
-
-def _bounded_inverse(key):
-    return NumericalInverse(_moebius, jr.normal(key, (1, 2)), bracket=(0.0, 1.0), domain=(0.0, 1.0))
-
-
-NUMERICAL = [
-    Case(
-        "numerical_inverse", lambda key: NumericalInverse(_cubic, jr.normal(key, (2, 2))), long=True
-    ),
-    Case("numerical_bounded", _bounded_inverse, (0, 1), (0, 1), slow=True),
-]
 
 COMPOSED = [
     Case("identity", lambda key: Identity((3,))),
     Case("invert", lambda key: Invert(randomise(E.Affine(shape=(3,)), key))),
     Case("chain", lambda key: randomise(C.Chain([E.Affine(shape=(3,)), C.reverse(3)]), key)),
-    Case("chain_bounded", lambda key: C.Chain([_affine((2,))(key), E.Tanh((2,))]), image=(-1, 1)),
+    Case("chain_bounded", lambda key: C.Chain([affine((2,))(key), E.Tanh((2,))]), image=(-1, 1)),
     Case("repeat", lambda key: C.repeat(_layer, 3, key=key)),
-    Case("independent", lambda key: C.Independent(_affine((2,))(key), 3)),
+    Case("independent", lambda key: C.Independent(affine((2,))(key), 3)),
     Case(
         "independent_stacked",
-        lambda key: C.Independent(eqx.filter_vmap(_affine((2,)))(jr.split(key, 3)), 3, True),
+        lambda key: C.Independent(eqx.filter_vmap(affine((2,)))(jr.split(key, 3)), 3, True),
     ),
     Case(
         "stack",
@@ -228,14 +78,21 @@ COMPOSED = [
     Case("reshape", lambda key: C.Reshape((2, 3), (6,))),
     Case("permute", lambda key: C.Permute(PERM)),
     Case("permute_rows", lambda key: C.Permute(PERM, (3, 2))),
-    Case("indexed", lambda key: C.Indexed(_affine((2,))(key), [0, 2], 4)),
+    Case("indexed", lambda key: C.Indexed(affine((2,))(key), [0, 2], 4)),
+    Case("conjugate", lambda key: _conjugate(key)),
 ]
 
 
 def _layer(key):
     """One layer with a permutation of its own."""
     affine_key, perm_key = jr.split(key)
-    return C.Chain([_affine((3,))(affine_key), C.random_permutation(3, key=perm_key)])
+    return C.Chain([affine((3,))(affine_key), C.random_permutation(3, key=perm_key)])
+
+
+def _conjugate(key):
+    """A coupling in the coordinates of a conditioned map, which changes the shape too."""
+    turn = C.Chain([C.Reshape((2, 2), (4,)), randomise(L.LU(4, key=key), key, 0.5)])
+    return Conjugate(turn, _coupling(E.Affine(max_log_scale=1.0), key, cond_dim=2))
 
 
 LINEAR = [
@@ -250,6 +107,8 @@ LINEAR = [
     Case("qr", lambda key: randomise(O.QR(3, key=key), key)),
     Case("cayley", lambda key: randomise(O.Cayley(4), key)),
     Case("matrix_exponential", lambda key: randomise(O.MatrixExponential(3), key, 0.5)),
+    Case("matrix", lambda key: _matrix(key)),
+    Case("dct", lambda key: L.DCT((3, 4), axis=0)),
     Case("act_norm", lambda key: randomise(L.ActNorm(3), key)),
     Case("act_norm_channels", lambda key: randomise(L.ActNorm((2, 2, 2), per_channel=True), key)),
 ]
@@ -261,6 +120,7 @@ COUPLED = [
         "coupling_film",
         lambda key: _coupling(E.Affine(max_log_scale=1.0), key, cond_dim=2, film=True),
     ),
+    Case("coupling_volume", lambda key: _gin(key)),
     Case("coupling_spline", lambda key: _coupling(RationalQuadratic(4), key)),
     Case(
         "coupling_one",
@@ -293,6 +153,16 @@ def _coupling(template, key, dim=4, **options):
     """A layer whose small network gives parameters of order one."""
     layer = coupling(dim, template, key=key, width=8, depth=1, **options)
     return randomise(layer, key, 0.25)
+
+
+def _gin(key):
+    return _coupling(E.Affine(max_log_scale=2.0), key, cond_dim=2, dim=5, keep_volume=True)
+
+
+def _matrix(key):
+    """Far enough from singular, with a negative determinant."""
+    layer = randomise(L.Matrix(3), key, 0.3)
+    return eqx.tree_at(lambda m: m.matrix, layer, layer.matrix + jnp.diag(jnp.array([1.0, 1, -1])))
 
 
 def _coupled_layer(key):
@@ -352,15 +222,6 @@ AUTOREGRESSIVE = [
     ),
 ]
 
-
-def _quantile_map(key):
-    z_key, x_key, slope_key = jr.split(key, 3)
-    z, x = (jnp.cumsum(jnp.exp(0.5 * jr.normal(k, (6, 3))), axis=0) - 3.0 for k in (z_key, x_key))
-    z, x = (v.at[:, 0].set(jnp.arange(-2.0, 4.0)) for v in (z, x))  # knots that edges can name
-    return QuantileMap(z, x, jnp.exp(0.5 * jr.normal(slope_key, (6, 3))))
-
-
-QUANTILE = [Case("quantile_map", _quantile_map, edges=(-2.0, -1.0, 1.0, 2.0, 3.0), slow=True)]
 
 RANK_ONE = [
     Case("planar", lambda key: randomise(Planar(4, key=key), key)),
@@ -435,6 +296,11 @@ def _leapfrog(key, **options):
 
 MONOTONE = [
     Case("mixture_cdf", lambda key: randomise(MixtureCDF(4, (2,)), key), long=True),
+    Case(
+        "mixture_cdf_normal",
+        lambda key: randomise(MixtureCDF(3, (2,), law="normal"), key),
+        slow=True,
+    ),
     Case("mixture_cdf_coupled", lambda key: _coupling(MixtureCDF(3), key, cond_dim=2), slow=True),
     Case("deep_sigmoidal", lambda key: randomise(DeepSigmoidal(4, shape=(2,)), key), slow=True),
     Case("deep_sigmoidal_two", lambda key: randomise(DeepSigmoidal(3, 2, (2,)), key), slow=True),
@@ -466,6 +332,7 @@ BLOCK = [
 
 RESIDUAL = [
     Case("residual", lambda key: _residual(3, key, cond_dim=2), long=True),
+    Case("residual_conv", lambda key: _residual((1, 3, 4), key, cond_dim=2), long=True),
     Case(
         "residual_repeat",
         lambda key: C.repeat(lambda k: Invert(_residual(2, k)), 2, key=key),
@@ -474,25 +341,34 @@ RESIDUAL = [
 ]
 
 
-def _residual(dim, key, lipschitz=0.6, **options):
+def _residual(event, key, lipschitz=0.6, **options):
     """Weights large enough that the bound has to scale them."""
-    net = LipschitzMLP(dim, width=6, depth=1, lipschitz=lipschitz, key=key, **options)
+    kind = LipschitzMLP if isinstance(event, int) else LipschitzConv
+    net = kind(event, width=6, depth=1, lipschitz=lipschitz, key=key, **options)
     return randomise(Residual(net), key)
 
 
 # Fixed steps of order 8, enough that the log-det of the computed map is the integral of the
 # divergence to rounding; adaptive ones are in tests/bijections/test_continuous.py.
 CONTINUOUS = [
-    Case("continuous", lambda key: _continuous(key, fixed_steps=24, solver="dopri8"), long=True)
+    Case("continuous", lambda key: _continuous(key, **STEPS), long=True),
+    Case("continuous_conv", lambda key: _continuous(key, (2, 3), 3, **FINE), slow=True),
+    Case("continuous_potential", lambda key: _potential(key), long=True),
 ]
+STEPS = {"fixed_steps": 24, "solver": "dopri8"}
+FINE = {**STEPS, "fixed_steps": 40}
+FIELD = {"width": 8, "depth": 1, "cond_dim": 2, "frequencies": 2, "activation": "tanh"}
 
 
-def _continuous(key, **options):
+def _continuous(key, shape=(2,), kernel=None, **options):
     """A small field of order one that depends on time and condition."""
-    field = VelocityField(
-        2, key=key, width=8, depth=1, cond_dim=2, frequencies=2, activation="tanh"
-    )
-    return randomise(Continuous(field, (2,), (2,), times=1, **options), key, 0.4)
+    field = VelocityField(shape, key=key, kernel=kernel, **FIELD)
+    return randomise(Continuous(field, shape, (2,), times=1, **options), key, 0.4)
+
+
+def _potential(key):
+    field = PotentialField(2, key=key, width=8, cond_dim=2)
+    return randomise(Continuous(field, (2,), (2,), times=1, **STEPS), key, 0.4)
 
 
 IMAGE = [

@@ -111,3 +111,14 @@ def test_priors_and_bad_options():
         FlowClassifier(validation=1.5).fit(X, label)
     with pytest.raises(InputError, match="the class 'down'"):
         uniform.log_score(X[:1], ["down"])
+
+
+def test_more_classes_than_are_scored_at_once():
+    rng = np.random.default_rng(0)
+    code = np.repeat(np.arange(70), 8)
+    X = np.stack([code % 10, code // 10], 1) * 3.0 + rng.normal(size=(560, 2))
+    model = FlowClassifier(random_state=0).fit(X, code)
+    p = model.predict_proba(X)
+    assert p.shape == (560, 70)
+    np.testing.assert_allclose(p.sum(1), 1.0)
+    assert model.score(X, code) > 0.7

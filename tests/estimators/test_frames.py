@@ -116,3 +116,18 @@ def test_gaps_in_an_array_are_told_too():
     X[rng.random(300) < 0.1 + 0.8 * y, 0] = np.nan
     model = FlowClassifier(random_state=0).fit(X, y)
     assert model.score(X, y) > 0.85
+
+
+def test_a_classifier_of_polars_frames_gives_them_back(people):
+    pl = pytest.importorskip("polars")
+    X = pl.DataFrame({"town": people["town"].tolist(), "number": people["number"].tolist()})
+    y = np.where(people["size"] > 2, "tall", "short")
+    model = FlowClassifier(random_state=0).fit(X, y)
+    same = FlowClassifier(random_state=0).fit(people[["town", "number"]], y)
+    np.testing.assert_allclose(
+        model.predict_proba(X), same.predict_proba(people[["town", "number"]]), rtol=1e-5
+    )
+    rows, _ = model.sample(20, label="tall", random_state=0)
+    assert isinstance(rows, pl.DataFrame)
+    assert rows.schema["number"].is_integer()
+    assert set(rows["town"]) <= {"Bern", "Graz", "Łódź"}

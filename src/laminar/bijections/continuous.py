@@ -27,6 +27,7 @@ from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractTransform, Exactness
+from laminar.nn.conv import ConvNet
 from laminar.nn.mlp import MLP, Activation, time_features
 
 Divergence = Literal["exact", "hutchinson"]
@@ -52,19 +53,22 @@ class VelocityField(eqx.Module):
     which come back after two units: keep `Continuous.times` within a span of less than that.
 
     Args:
-        shape: Shape of one event.
+        shape: Shape of one event; with a `kernel` it is ``(channels, *space)``.
         key: Draws the weights.
-        width: Hidden units.
+        width: Hidden units, or channels.
         depth: Residual blocks, at least one.
         cond_dim: Length of the condition, or 0 for none.
         frequencies: Of the time features; the highest is 2^(frequencies − 1) half turns.
         activation: A smooth function of `jax.nn` or its name.
+        kernel: Odd length of the kernels of a convolutional network, a `ConvNet`; None for one of
+            the whole event, an `MLP`.
 
     Raises:
-        InputError: If a size is not positive.
+        InputError: If a size is not positive, or the kernel even.
+        ShapeError: If there is a kernel and no axis of space.
     """
 
-    net: MLP
+    net: MLP | ConvNet
     shape: Shape = eqx.field(static=True)
     frequencies: int = eqx.field(static=True)
     batch_last: ClassVar[bool] = True
@@ -79,6 +83,7 @@ class VelocityField(eqx.Module):
         cond_dim: int = 0,
         frequencies: int = 4,
         activation: str | Activation = "silu",
+        kernel: int | None = None,
     ):
         if depth < 1 or frequencies < 1:
             raise InputError(
@@ -87,15 +92,32 @@ class VelocityField(eqx.Module):
             )
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.frequencies = frequencies
-        self.net = MLP(
-            math.prod(self.shape),
+        enters = 2 * frequencies + cond_dim
+        if kernel is None:
+            self.net = MLP(
+                math.prod(self.shape),
+                self.shape,
+                key=key,
+                width=width,
+                depth=depth,
+                cond_dim=enters,
+                activation=activation,
+                film=True,
+            )
+            return
+        if len(self.shape) < 2:
+            raise ShapeError(
+                f"VelocityField: with a kernel an event is (channels, *space), not {self.shape}."
+            )
+        self.net = ConvNet(
             self.shape,
+            self.shape[:1],
             key=key,
             width=width,
             depth=depth,
-            cond_dim=2 * frequencies + cond_dim,
+            kernel=kernel,
+            cond_shape=(enters,),
             activation=activation,
-            film=True,
         )
 
     def __call__(self, t: Array, z: Array, condition: Array | None = None) -> Array:
@@ -115,12 +137,19 @@ class VelocityField(eqx.Module):
                     for part in (features, condition)
                 )
             features = jnp.concatenate([features, condition])
+        if isinstance(self.net, ConvNet):
+            return self.net(z, features)
         return self.net(z.reshape((math.prod(self.shape), *batch)), features)
 
 
 def velocity(
-    field: Callable | Frozen, t: Array, z: Array, condition: Condition, shape: Shape
-) -> Array:
+    field: Callable | Frozen,
+    t: Array,
+    z: Array,
+    condition: Condition,
+    shape: Shape,
+    method: str = "__call__",
+) -> Any:
     """Apply any field to events of a shape with trailing batch axes.
 
     A field with an attribute ``batch_last = True`` takes the batch itself; any other is a function
@@ -132,15 +161,17 @@ def velocity(
         z: ``shape + batch``.
         condition: Of one event, or with the batch as its last axes, or None.
         shape: Shape of one event.
+        method: Which method of the field, such as one that gives the divergence too.
     """
     if isinstance(field, Frozen):
-        return velocity(field.value, t, z, condition, shape)
+        return velocity(field.value, t, z, condition, shape, method)
     batch = z.ndim - len(shape)
     if batch == 0 or getattr(field, "batch_last", False):
-        return field(t, z) if condition is None else field(t, z, condition)
+        one = getattr(field, method)
+        return one(t, z) if condition is None else one(t, z, condition)
     # A condition is a vector; with one axis more than that it has the batch.
     axes = (-1 if t.ndim else None, -1, None if condition is None or condition.ndim == 1 else -1)
-    one = functools.partial(velocity, field, shape=shape)
+    one = functools.partial(velocity, field, shape=shape, method=method)
     return jax.vmap(one, in_axes=axes, out_axes=-1)(t, z, condition)
 
 
@@ -176,9 +207,11 @@ class Continuous(AbstractTransform):
         forward:  y = z(t_K) with z(t_0) = x,    log_det = ∫ tr ∂v/∂z dt
 
     With ``divergence="exact"`` the trace takes D derivatives along the basis, all at once, so it
-    suits few dimensions. ``"hutchinson"`` estimates it without bias by εᵀ (∂v/∂z) ε, with one ε for
-    the whole solution (Grathwohl et al. 2019); the log-det is then unbiased and needs a key. Points
-    alone, as `laminar.flow.Flow.sample` asks for, need no divergence.
+    suits few dimensions, unless the field has a method ``with_divergence(t, z[, condition])`` that
+    gives v and tr ∂v/∂z, as a `laminar.nn.potential.PotentialField` has. ``"hutchinson"`` estimates
+    it without bias by εᵀ (∂v/∂z) ε, with one ε for the whole solution (Grathwohl et al. 2019); the
+    log-det is then unbiased and needs a key. Points alone, as `laminar.flow.Flow.sample` asks for,
+    need no divergence.
 
     A batch takes its steps together. Adaptive ones keep the tolerance for the worst event, so
     numbers depend on the batch, within the tolerance.
@@ -493,6 +526,10 @@ def _derivative(shape: Shape, gather: int, t: Any, state: tuple[Array, Array], a
 
     if not gather:
         return v(z), gathered
+    if probe is None and gather == 1 and _knows_divergence(field):
+        with jax.default_matmul_precision("highest"):
+            dz, trace = velocity(field, t, z, condition, shape, "with_divergence")
+        return dz, trace[None]
     size, batch = math.prod(shape), z.shape[len(shape) :]
     dz, push = jax.linearize(v, z)
     if probe is None:
@@ -513,6 +550,10 @@ def _derivative(shape: Shape, gather: int, t: Any, state: tuple[Array, Array], a
         event = tuple(range(len(shape)))
         integrands += [(dz * dz).sum(event), mean(images * images)]
     return dz, jnp.stack(integrands)
+
+
+def _knows_divergence(field: Callable | Frozen) -> bool:
+    return hasattr(field.tree if isinstance(field, Frozen) else field, "with_divergence")
 
 
 def _worst(state: tuple[Array, Array]) -> Array:

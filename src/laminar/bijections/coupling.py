@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
-from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar._typing import Array, Direction, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform, call, check_flat
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.elementwise import AbstractElementwise, Affine
 from laminar.bijections.templates import as_template
 from laminar.nn.conv import ConvNet
 from laminar.nn.mlp import MLP, Activation, Periodic, apply_network
@@ -48,8 +48,11 @@ class Coupling(AbstractBijection):
         cond_dim: Length of the condition, or its shape, or 0 for none.
         marginal: A bijection of shape ``(n_identity, …)`` for the part that passes, so that one
             layer moves every entry: y_a = marginal(x_a).
+        keep_volume: With an `Affine` template, take the mean off the log-scales, so that the map of
+            y_b keeps its volume exactly (GIN, Sorrenson et al. 2020).
 
     Raises:
+        InputError: If the volume cannot be kept, since the template is not affine.
         ShapeError: If the parts do not fit: there is nothing to condition on, or the network or
             `marginal` gives another shape.
     """
@@ -60,6 +63,7 @@ class Coupling(AbstractBijection):
     n_identity: int = eqx.field(static=True)
     in_shape: Shape = eqx.field(static=True)
     cond_shape: Shape | None = eqx.field(static=True)
+    keep_volume: bool = eqx.field(static=True, default=False)  # of older files
     batch_last: ClassVar[bool] = True
 
     def __init__(
@@ -71,6 +75,7 @@ class Coupling(AbstractBijection):
         n_identity: int | None = None,
         cond_dim: int | Shape = 0,
         marginal: AbstractTransform | None = None,
+        keep_volume: bool = False,
     ):
         shape = (dim,) if isinstance(dim, int) else tuple(dim)
         if not isinstance(cond_dim, int):
@@ -79,8 +84,13 @@ class Coupling(AbstractBijection):
             self.cond_shape = (cond_dim,) if cond_dim else None
         n = _check_split(shape, n_identity, cond_dim)
         self.template = check_template("Coupling", template)
+        if keep_volume and not isinstance(self.template, Affine):
+            raise InputError(
+                f"Coupling: keep_volume needs an Affine template, not {self.template.name}."
+            )
         self.net = net
         self.marginal = marginal
+        self.keep_volume = keep_volume
         self.n_identity = n
         self.in_shape = shape
         passed = (n, *shape[1:])
@@ -123,6 +133,18 @@ class Coupling(AbstractBijection):
         head = head.reshape(self._head_shape + passed.shape[ndim:])
         return expand(self.template.params, head.ndim) + head
 
+    def _move(self, direction: Direction, theta: Array, x: Array) -> tuple[Array, Array]:
+        """The template of every entry, over the geometric mean of the scales to keep volume."""
+        kernel = getattr(self.template, f"{direction}_kernel")
+        if not self.keep_volume:
+            return kernel(theta, x)
+        # The log-slope of an affine map is the same at all points.
+        axes = tuple(range(len(self.in_shape)))
+        undo = jnp.exp(-kernel(theta, x)[1].mean(axes, keepdims=True))
+        if direction == "forward":
+            return kernel(theta, x)[0] * undo, jnp.zeros_like(x)
+        return kernel(theta, x * undo)[0], jnp.zeros_like(x)
+
     def _total(self, log_det: Array, marginal: Array | None) -> Array:
         total = log_det.sum(tuple(range(len(self.in_shape))))
         return total if marginal is None else total + marginal
@@ -133,13 +155,13 @@ class Coupling(AbstractBijection):
         marginal = None
         if self.marginal is not None:
             passed, marginal = call(self.marginal, "forward", passed, condition)
-        moved, log_det = self.template.forward_kernel(self._theta(passed, condition), moved)
+        moved, log_det = self._move("forward", self._theta(passed, condition), moved)
         return jnp.concatenate([passed, moved]), self._total(log_det, marginal)
 
     def inverse(self, y, condition=None, *, key=None):
         """``([marginal⁻¹(y_a), τ⁻¹(y_b; θ)], −Σ ln τ′)``."""
         passed, moved = y[: self.n_identity], y[self.n_identity :]
-        moved, log_det = self.template.inverse_kernel(self._theta(passed, condition), moved)
+        moved, log_det = self._move("inverse", self._theta(passed, condition), moved)
         marginal = None
         if self.marginal is not None:
             passed, marginal = call(self.marginal, "inverse", passed, condition)
@@ -171,6 +193,7 @@ def coupling(
     film: bool = False,
     periodic: bool = False,
     marginal: AbstractTransform | None = None,
+    keep_volume: bool = False,
 ) -> Coupling:
     """Build a `Coupling` layer with a residual network that fits it and starts at the template.
 
@@ -187,8 +210,10 @@ def coupling(
         periodic: Whether entries are angles; the network then sees their cosines and sines, so that
             the map is continuous on the torus.
         marginal: A bijection of the part that passes; see `Coupling`.
+        keep_volume: Whether affine maps keep the volume; see `Coupling`.
 
     Raises:
+        InputError: If the volume cannot be kept, since the template is not affine.
         ShapeError: If the parts do not fit.
     """
     n = _check_split((dim,), n_identity, cond_dim)
@@ -204,7 +229,15 @@ def coupling(
         film=film,
     )
     net = Periodic(net) if periodic else net
-    return Coupling(scalar, net, dim, n_identity=n, cond_dim=cond_dim, marginal=marginal)
+    return Coupling(
+        scalar,
+        net,
+        dim,
+        n_identity=n,
+        cond_dim=cond_dim,
+        marginal=marginal,
+        keep_volume=keep_volume,
+    )
 
 
 def _check_split(shape: Shape, n_identity: int | None, cond_dim: int | Shape) -> int:

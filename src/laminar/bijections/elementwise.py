@@ -345,12 +345,7 @@ class Power(AbstractElementwise):
     in_shape: Shape = eqx.field(static=True)
 
     def __init__(self, exponent: ArrayLike = 1.0, *, shape: Shape | None = None):
-        exponent = _as_float(exponent)
-        if not isinstance(exponent, Tracer) and not bool((exponent > 0).all()):
-            raise InputError("Power: every exponent must be greater than zero.")
-        raw = jnp.where(exponent == 1, jnp.zeros_like(exponent), positive_inverse(exponent))
-        self.in_shape = _event_shape("Power", shape, exponent=exponent)
-        self.params = jnp.broadcast_to(raw, self.in_shape)[None]
+        self.params, self.in_shape = _one_positive("Power", shape, exponent=exponent)
 
     @staticmethod
     def _run(exponent, log_exponent, x):
@@ -367,6 +362,76 @@ class Power(AbstractElementwise):
         """``(y^{1/a}, −ln a + (1/a − 1) ln y)``; −inf for y ≤ 0."""
         exponent = positive(params[0])
         return self._run(1 / exponent, -jnp.log(exponent), y)
+
+
+class SignedPower(AbstractElementwise):
+    """y = sign(x) |x|^a, from ℝ to ℝ, with log-det ln a + (a − 1) ln |x|.
+
+    One parameter as in `Power`; zero means the identity. At zero itself the derivative is 0 for
+    a > 1 and ∞ for a < 1, and the log-det says so: it is infinite there.
+
+    Args:
+        exponent: a > 0.
+        shape: Event shape, by default that of `exponent`.
+
+    Raises:
+        InputError: If an exponent is not positive.
+        ShapeError: If shapes cannot be broadcast.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, exponent: ArrayLike = 1.0, *, shape: Shape | None = None):
+        self.params, self.in_shape = _one_positive("SignedPower", shape, exponent=exponent)
+
+    @staticmethod
+    def _run(exponent, log_exponent, x):
+        size, log_det = Power._run(exponent, log_exponent, jnp.abs(x))
+        at_zero = jnp.where(exponent == 1, 0.0, jnp.where(exponent > 1, -jnp.inf, jnp.inf))
+        return jnp.sign(x) * size, jnp.where(x == 0, at_zero.astype(x.dtype), log_det)
+
+    def forward_kernel(self, params, x):
+        """``(sign(x) |x|^a, ln a + (a − 1) ln |x|)``."""
+        exponent = positive(params[0])
+        return self._run(exponent, jnp.log(exponent), x)
+
+    def inverse_kernel(self, params, y):
+        """``(sign(y) |y|^{1/a}, −ln a + (1/a − 1) ln |y|)``."""
+        exponent = positive(params[0])
+        return self._run(1 / exponent, -jnp.log(exponent), y)
+
+
+class LeakyReLU(AbstractElementwise):
+    """y = x above zero and a · x below, with log-det ln a below zero (He et al. 2015).
+
+    One parameter; a = softplus(raw + ln(e − 1)), so zero means a = 1, the identity. At zero itself
+    the derivative is that of the right side.
+
+    Args:
+        slope: a > 0.
+        shape: Event shape, by default that of `slope`.
+
+    Raises:
+        InputError: If a slope is not positive.
+        ShapeError: If shapes cannot be broadcast.
+    """
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+    def __init__(self, slope: ArrayLike = 0.1, *, shape: Shape | None = None):
+        self.params, self.in_shape = _one_positive("LeakyReLU", shape, slope=slope)
+
+    def forward_kernel(self, params, x):
+        """``(x, 0)``, and ``(a x, ln a)`` below zero."""
+        slope = positive(params[0])
+        return jnp.where(x < 0, slope * x, x), jnp.where(x < 0, jnp.log(slope), 0.0)
+
+    def inverse_kernel(self, params, y):
+        """``(y, 0)``, and ``(y / a, −ln a)`` below zero."""
+        slope = positive(params[0])
+        return jnp.where(y < 0, y / slope, y), jnp.where(y < 0, -jnp.log(slope), 0.0)
 
 
 class SinhArcsinh(AbstractElementwise):
@@ -415,6 +480,17 @@ class SinhArcsinh(AbstractElementwise):
 def _as_float(value: ArrayLike) -> Array:
     value = jnp.asarray(value)
     return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(float)
+
+
+def _one_positive(owner: str, shape: Shape | None, **given: ArrayLike) -> tuple[Array, Shape]:
+    """The parameters and the event shape of a map with one positive number."""
+    ((name, value),) = given.items()
+    value = _as_float(value)
+    if not isinstance(value, Tracer) and not bool((value > 0).all()):
+        raise InputError(f"{owner}: every {name} must be greater than zero.")
+    raw = jnp.where(value == 1, jnp.zeros_like(value), positive_inverse(value))
+    shape = _event_shape(owner, shape, **{name: value})
+    return jnp.broadcast_to(raw, shape)[None], shape
 
 
 def _event_shape(owner: str, shape: Shape | None, **values: Array) -> Shape:

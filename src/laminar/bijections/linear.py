@@ -3,7 +3,7 @@
 All of them act from the left on features-major arrays ``(D, *batch)``: one product or one
 triangular solve with the whole batch as right-hand sides. Products ask for full precision, because
 a map and its inverse must agree to rounding. Every map starts as the identity; `LU` may start as
-a permutation.
+a permutation, `Matrix` as a rotation, and `DCT`, which is not trained, is what it is.
 """
 
 import math
@@ -13,6 +13,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
+from jax.scipy.fft import dct, idct
 from jax.scipy.linalg import solve_triangular
 
 from laminar._errors import InputError, ShapeError
@@ -283,6 +284,97 @@ class LowRank(AbstractBijection):
         w = _solve(lower, _product(v.T, x), lower=True, unit=True)
         w = _solve(upper, w, lower=False)
         return x - _product(u, w), _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
+
+
+class Matrix(AbstractBijection):
+    r"""y = W x + b with any square matrix W (Kingma & Dhariwal 2018, §3.2).
+
+        log_det = ln |det W|
+
+    Nothing holds W away from singular matrices but the log-det itself; where it is singular the
+    inverse is not finite. The determinant and the solution cost D³, once for a batch; see `LU` for
+    a form that is invertible at all parameters.
+
+    Args:
+        dim: D.
+        key: Draws a random rotation to start from; without a key, W is the identity.
+        bias: Whether there is a shift b.
+    """
+
+    matrix: Array
+    shift: Array | None
+    in_shape: Shape = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray | None = None, bias: bool = True):
+        _check_dim("Matrix", dim)
+        self.matrix = jnp.eye(dim) if key is None else jr.orthogonal(key, dim)
+        self.shift = jnp.zeros((dim,)) if bias else None
+        self.in_shape, self.cond_shape = (dim,), None
+
+    @property
+    def out_shape(self) -> Shape:
+        """Equal to ``in_shape``."""
+        return self.in_shape
+
+    def _log_det(self, x: Array) -> Array:
+        return _fill(jnp.linalg.slogdet(self.matrix)[1], x)
+
+    def forward(self, x, condition=None, *, key=None):
+        """``(W x + b, ln |det W|)``."""
+        return _add(_product(self.matrix, x), self.shift), self._log_det(x)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """``(W⁻¹ (y − b), −ln |det W|)``."""
+        columns = _subtract(y, self.shift).reshape(y.shape[0], math.prod(y.shape[1:]))
+        return jnp.linalg.solve(self.matrix, columns).reshape(y.shape), -self._log_det(y)
+
+
+class DCT(AbstractBijection):
+    r"""The orthonormal discrete cosine transform (of type II) along one axis; log-det zero.
+
+        y_k = c_k Σ_n x_n cos(π k (2n + 1) / 2N),    c_0 = √(1/N),  c_k = √(2/N)
+
+    It has no parameters: it mixes all positions, and parts slow changes from fast ones.
+
+    Args:
+        shape: Event shape, or a length.
+        axis: An axis of the event; negative ones count from its end.
+
+    Raises:
+        ShapeError: If the event has no such axis, or nothing along it.
+    """
+
+    in_shape: Shape = eqx.field(static=True)
+    axis: int = eqx.field(static=True)
+    cond_shape: None = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(self, shape: int | Shape, *, axis: int = -1):
+        self.in_shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        ndim = len(self.in_shape)
+        if not -ndim <= axis < ndim or self.in_shape[axis] < 1:
+            raise ShapeError(f"DCT: there is nothing along axis {axis} of {self.in_shape}.")
+        self.axis = axis % ndim  # from the front, since batch axes follow
+        self.cond_shape = None
+
+    @property
+    def out_shape(self) -> Shape:
+        """Equal to ``in_shape``."""
+        return self.in_shape
+
+    def _run(self, transform, x):
+        y = transform(x, axis=self.axis, norm="ortho")
+        return y, jnp.zeros(x.shape[len(self.in_shape) :], x.dtype)
+
+    def forward(self, x, condition=None, *, key=None):
+        """The coefficients, from slow to fast."""
+        return self._run(dct, x)
+
+    def inverse(self, y, condition=None, *, key=None):
+        """The sum of cosines with these coefficients."""
+        return self._run(idct, y)
 
 
 class ActNorm(AbstractBijection):

@@ -12,11 +12,13 @@ estimation should have the closed direction, ``Invert(map)`` is a template too.
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.nn import log_softmax, logsumexp
 
@@ -26,6 +28,9 @@ from laminar._typing import Array, ArrayLike, Shape
 from laminar.bijections.elementwise import AbstractElementwise, _as_float, _event_shape
 from laminar.bijections.numerical import invert_kernel
 
+ComponentLaw = Literal["logistic", "normal"]
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _PIVOTS = 3.0  # outermost pivots of mixtures: about three standard deviations of the latent
 _MAX_LOG_SLOPE = 8.0
 _FARTHEST = 1e4  # a normal variable is not farther out, and its square has not overflowed
@@ -46,12 +51,13 @@ class AbstractMonotone(AbstractElementwise):
 class MixtureCDF(AbstractMonotone):
     r"""The distribution function of a mixture of logistics, by its log-odds (Ho et al. 2019).
 
-        y = s · logit(Σ_k π_k σ(u_k)) + t,    u_k = a_k (x − c_k) + c_k − m_k
+        y = s · G⁻¹(Σ_k π_k G(u_k)) + t,    u_k = a_k (x − c_k) + c_k − m_k
 
-    This is the map of Flow++'s coupling layers. The pivots c_k are fixed and spread over [−3, 3];
-    component k has scale 1/a_k and centre c_k + (m_k − c_k)/a_k, which is free. Everything is
-    computed from ln σ, so the tails, which are lines with the slopes of the widest components, keep
-    their digits however far out.
+    G = σ, of the logistic law, gives the map of Flow++'s coupling layers; G = Φ takes mixtures of
+    normals back through the normal quantiles, and is dearer. The pivots c_k are fixed and spread
+    over [−3, 3]; component k has scale 1/a_k and centre c_k + (m_k − c_k)/a_k, which is free.
+    Everything is computed from ln G, so the tails, which are lines with the slopes of the widest
+    components, keep their digits however far out.
 
     The parameters are K logits of π, K numbers m_k, K raw a_k, and t and a raw s if `affine`.
 
@@ -59,19 +65,31 @@ class MixtureCDF(AbstractMonotone):
         components: K ≥ 1.
         shape: Event shape.
         affine: Whether a shift and scale follow.
+        law: G, ``"logistic"`` or ``"normal"``.
 
     Raises:
-        InputError: If there is no component.
+        InputError: If there is no component or no such law.
     """
 
     params: Array
     in_shape: Shape = eqx.field(static=True)
     components: int = eqx.field(static=True)
     affine: bool = eqx.field(static=True)
+    law: ComponentLaw = eqx.field(static=True, default="logistic")  # of older files
 
-    def __init__(self, components: int = 8, shape: Shape = (), *, affine: bool = True):
+    def __init__(
+        self,
+        components: int = 8,
+        shape: Shape = (),
+        *,
+        affine: bool = True,
+        law: ComponentLaw = "logistic",
+    ):
         _check_counts("MixtureCDF", components=components)
+        if law not in get_args(ComponentLaw):
+            raise InputError(f"MixtureCDF: law must be 'logistic' or 'normal', not {law!r}.")
         self.in_shape, self.components, self.affine = tuple(shape), components, affine
+        self.law = law
         self.params = jnp.zeros((3 * components + 2 * affine, *self.in_shape))
 
     def forward_kernel(self, params, x):
@@ -81,8 +99,11 @@ class MixtureCDF(AbstractMonotone):
         pivot = _constant(_spread(k, _PIVOTS), params)
         u = a * (x[None] - pivot) + pivot - params[k : 2 * k]
         log_weight = log_softmax(params[:k], axis=0)
-        y, log_slope = _log_odds(log_weight[None], u, jnp.log(a))
-        y, log_slope = y[0], log_slope[0]
+        if self.law == "normal":
+            y, log_slope = _normal_scores(log_weight, u, jnp.log(a))
+        else:
+            y, log_slope = _log_odds(log_weight[None], u, jnp.log(a))
+            y, log_slope = y[0], log_slope[0]
         if self.affine:
             outer = positive(params[3 * k + 1])
             y, log_slope = outer * y + params[3 * k], log_slope + jnp.log(outer)
@@ -446,6 +467,39 @@ def _log_odds(log_weight: Array, u: Array, log_slope: Array) -> tuple[Array, Arr
     return value, logsumexp(shares + log_slope[None], axis=1)
 
 
+def _normal_scores(log_weight: Array, u: Array, log_slope: Array) -> tuple[Array, Array]:
+    """Φ⁻¹(Σ_k w_k Φ(u_k)) and its log-slope, from those of the u_k.
+
+    All is done on the side where the sum S is at most ½, mirrored where that is the upper one. With
+    the shares p_k = w_k Φ(u_k) / S and the hazards H(z) = φ(z) / Φ(−z), whose logarithms do not
+    grow as squares, the slope is Σ_k p_k H(−u_k) u′_k / H(−y): far out nothing large cancels.
+
+    Args:
+        log_weight: ``(K, *s)``.
+        u: ``(K, *s)``.
+        log_slope: ``(K, *s)``.
+
+    Returns:
+        Two arrays ``(*s)``.
+    """
+    edge = math.sqrt(float(jnp.finfo(u.dtype).max)) / 16  # whose square has not overflowed
+    u = clip(u, -edge, edge)
+    size = jnp.where(u < 0, -u, u)
+    log_density, log_hazard = -0.5 * size * size - _HALF_LOG_TWO_PI, jnp.log(_hazard(size))
+    tail = log_density - log_hazard  # ln Φ(−|u|)
+    body = jnp.log1p(-jnp.exp(tail))
+    up, down = jnp.where(u < 0, tail, body), jnp.where(u < 0, body, tail)
+    lower, upper = (logsumexp(log_weight + part, 0, keepdims=True) for part in (up, down))
+    below = lower < upper
+    log_sum = jnp.where(below, lower, upper)
+    log_part = jnp.where(below, up, down)
+    log_hazard = jnp.where((u < 0) == below, log_hazard, log_density - body)
+    z = _normal_tail_quantile(-log_sum - math.log(2))
+    shares = log_softmax(log_weight + log_part, axis=0)  # which far out still sum to one
+    log_slope = logsumexp(shares + log_hazard + log_slope, 0) - jnp.log(_hazard(z))[0]
+    return jnp.where(below, -z, z)[0], log_slope
+
+
 def _integral(
     log_slope: Callable[[Array], Array], x: Array, edge: float, nodes: int
 ) -> tuple[Array, Array]:
@@ -479,7 +533,7 @@ def _hazard(z: Array) -> Array:
     far = z > 3
     near = jnp.where(far, 1, z)
     body = math.sqrt(2 / math.pi) * jnp.exp(-0.5 * near * near)
-    body = body / jax.lax.erfc(near * math.sqrt(0.5))
+    body = body / lax.erfc(near * math.sqrt(0.5))
     z = jnp.where(far, z, 3)
     tail = z
     for k in range(_FRACTION_TERMS, 0, -1):
@@ -492,20 +546,23 @@ def _minus_log_erfc(z: Array) -> Array:
     low = z < 1
     near = jnp.where(low, z, 0)
     far = 0.5 * z * z + jnp.log(math.sqrt(math.pi / 2) * _hazard(jnp.where(low, 1, z)))
-    return jnp.where(low, -jnp.log1p(-jax.lax.erf(near * math.sqrt(0.5))), far)
+    return jnp.where(low, -jnp.log1p(-lax.erf(near * math.sqrt(0.5))), far)
 
 
 @jax.custom_jvp
 def _normal_tail_quantile(h: Array) -> Array:
-    """The z ≥ 0 with −ln erfc(z/√2) = h.
+    """The z ≥ 0 with −ln erfc(z/√2) = h; zero where h is below zero by rounding.
 
     The left side is convex, and at least z²/2 and z √(2/π); so Newton's method from the smaller of
     the two bounds approaches the root from the right.
     """
+    h = jnp.maximum(h, 0)
     z = jnp.minimum(jnp.sqrt(2 * h), math.sqrt(math.pi / 2) * h)
-    for _ in range(6):
-        z = jnp.maximum(z - (_minus_log_erfc(z) - h) / _hazard(z), 0)
-    return z
+
+    def step(_, z):
+        return jnp.maximum(z - (_minus_log_erfc(z) - h) / _hazard(z), 0)
+
+    return lax.fori_loop(0, 6, step, z)  # unrolled it takes twice the time to compile
 
 
 @_normal_tail_quantile.defjvp

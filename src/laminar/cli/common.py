@@ -29,6 +29,7 @@ FLOWS = (
     "realnvp",
     "residual",
     "gaussianization",
+    "triangular_spline",
     "nice",
     "naf",
     "bnaf",

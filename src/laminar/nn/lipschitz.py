@@ -8,9 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 
-from laminar._errors import InputError
+from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.nn.mlp import matmul
@@ -47,11 +48,16 @@ def spectral_bound(weight: Array) -> Array:
 
 
 class Contraction(eqx.Module):
-    """A network at given weights and condition, x ↦ g(x): what `LipschitzMLP.at` returns."""
+    """A network at given weights and condition, x ↦ g(x): what ``at`` of a network returns.
+
+    Events are flat. A weight of two axes is a matrix, for each position alone where there is a
+    `space`; one of more is the kernel of a circular convolution of ``(channels, *space)``.
+    """
 
     weights: tuple[Array, ...]
     biases: tuple[Array, ...]
     slopes: tuple[Array, ...]
+    space: Shape = eqx.field(static=True, default=())
 
     def __call__(self, x: Array) -> Array:
         """The network, ``(D, *batch) -> (D, *batch)``."""
@@ -68,7 +74,7 @@ class Contraction(eqx.Module):
                     gate = jax.nn.sigmoid(scaled)
                     slopes.append(gate * (1 + scaled * (1 - gate)) / 1.1)
                     h = h * gate / 1.1
-                h = matmul(weight, h) + expand(bias, h.ndim)
+                h = _product(weight, h, self.space) + expand(bias, h.ndim)
         return h, slopes
 
     def linear(self, x: Array) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
@@ -82,16 +88,16 @@ class Contraction(eqx.Module):
 
         def push(v: Array) -> Array:
             with jax.default_matmul_precision("highest"):
-                v = matmul(first, v)
+                v = _product(first, v, self.space)
                 for weight, slope in zip(rest, slopes, strict=True):
-                    v = matmul(weight, v * slope[:, None])
+                    v = _product(weight, v * slope[:, None], self.space)
             return v
 
         def pull(u: Array) -> Array:
             with jax.default_matmul_precision("highest"):
                 for weight, slope in zip(rest[::-1], slopes[::-1], strict=True):
-                    u = matmul(weight.T, u) * slope[:, None]
-                return matmul(first.T, u)
+                    u = _product(_transposed(weight), u, self.space) * slope[:, None]
+                return _product(_transposed(first), u, self.space)
 
         return push, pull
 
@@ -136,28 +142,16 @@ class LipschitzMLP(eqx.Module):
         cond_dim: int = 0,
         lipschitz: float = 0.9,
     ):
-        for name, value in {"dim": dim, "width": width, "depth": depth}.items():
-            if value < 1:
-                raise InputError(f"LipschitzMLP: {name} must be at least 1, not {value}.")
-        if cond_dim < 0 or not 0 < lipschitz < 1:
-            raise InputError(
-                f"LipschitzMLP: cond_dim must be 0 or more and lipschitz in (0, 1), not {cond_dim} "
-                f"and {lipschitz}."
-            )
-        cond_key, key = jr.split(key)
+        _check("LipschitzMLP", cond_dim, lipschitz, dim=dim, width=width, depth=depth)
         sizes = [dim, *[width] * depth, dim]
-        keys = jr.split(key, depth)
-        drawn = [
-            jr.normal(k, (out, into)) / math.sqrt(into)
-            for k, into, out in zip(keys, sizes[:-2], sizes[1:-1], strict=True)
-        ]
-        self.weights = (*drawn, jnp.zeros((dim, width)))
-        self.biases = tuple(jnp.zeros(size) for size in sizes[1:])
-        self.raw_slopes = tuple(jnp.zeros(()) for _ in range(depth))
-        self.cond = None
-        if cond_dim:
-            self.cond = jr.normal(cond_key, (width, cond_dim)) / math.sqrt(cond_dim)
+        drawn = _initial(sizes, [()] * (depth + 1), cond_dim, key)
+        self.weights, self.biases, self.raw_slopes, self.cond = drawn
         self.dim, self.cond_dim, self.lipschitz = dim, cond_dim, float(lipschitz)
+
+    @property
+    def shape(self) -> Shape:
+        """``(dim,)``."""
+        return (self.dim,)
 
     @property
     def cond_shape(self) -> Shape | None:
@@ -170,22 +164,179 @@ class LipschitzMLP(eqx.Module):
         Args:
             condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
         """
-        kappa = self.lipschitz ** (1 / len(self.weights))
-        first, *rest = self.biases
-        if self.cond is not None:
-            if condition is None:
-                raise InputError(f"LipschitzMLP needs a condition ({self.cond_dim},), got none.")
-            term = matmul(self.cond, condition)
-            first = expand(first, term.ndim) + term
-        slopes = tuple(positive(raw) for raw in self.raw_slopes)
-        return Contraction(tuple(_bounded(w, kappa) for w in self.weights), (first, *rest), slopes)
+        return _at(self, condition, ())
 
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         """The network, ``(D, *batch) -> (D, *batch)``."""
         return self.at(condition)(x)
 
 
-def _bounded(weight: Array, kappa: float) -> Array:
-    size = spectral_bound(weight)
+class LipschitzConv(eqx.Module):
+    r"""A convolutional g of (C, *space) to itself with |g(x) − g(x′)| ≤ L |x − x′|.
+
+    A `LipschitzMLP` of channels, whose first and last W are convolutions while those between act at
+    each position alone (i-ResNet, Behrmann et al. 2019; Chen et al. 2019). Here the edges of space
+    are joined: in Fourier space a convolution then is a product with a small matrix at each
+    frequency k, so its norm is exactly
+
+        ‖W‖ = max_k σ_max(Ŵ(k)),    Ŵ(k) = Σ_q W[:, :, q] exp(2πi Σ_a k_a q_a / space_a)
+
+    and is bounded by `spectral_bound` of every Ŵ(k) (Delattre et al. 2023). Their Gram matrices
+    have C rows, so `width` costs little there. A condition is a vector, the same at all positions.
+
+    Args:
+        shape: ``(C, *space)``, with one axis of space or more.
+        key: Draws the weights.
+        width: Hidden channels.
+        depth: Hidden layers.
+        kernel: Odd length of the kernels along every axis of space, at most the space's own.
+        cond_dim: Length of the condition, or 0 for none.
+        lipschitz: L, in (0, 1).
+
+    Raises:
+        InputError: If a size or L is out of range.
+        ShapeError: If there is no axis of space.
+    """
+
+    weights: tuple[Array, ...]
+    biases: tuple[Array, ...]
+    raw_slopes: tuple[Array, ...]
+    cond: Array | None
+    shape: Shape = eqx.field(static=True)
+    cond_dim: int = eqx.field(static=True)
+    lipschitz: float = eqx.field(static=True)
+    batch_last: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        key: PRNGKeyArray,
+        width: int = 64,
+        depth: int = 2,
+        kernel: int = 3,
+        cond_dim: int = 0,
+        lipschitz: float = 0.9,
+    ):
+        channels, *space = self.shape = tuple(shape)
+        if not space:
+            raise ShapeError(f"LipschitzConv takes events (C, *space), not {self.shape}.")
+        _check("LipschitzConv", cond_dim, lipschitz, channels=channels, width=width, depth=depth)
+        if kernel < 1 or kernel % 2 == 0 or kernel > min(space):
+            raise InputError(
+                f"LipschitzConv: the kernel needs an odd length of at most {min(space)}, the "
+                f"shortest axis of space, and has {kernel}."
+            )
+        window = (kernel,) * len(space)
+        kernels = [window, *[()] * (depth - 1), window]
+        drawn = _initial([channels, *[width] * depth, channels], kernels, cond_dim, key)
+        self.weights, self.biases, self.raw_slopes, self.cond = drawn
+        self.cond_dim, self.lipschitz = cond_dim, float(lipschitz)
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """``(cond_dim,)``, or None without a condition."""
+        return (self.cond_dim,) if self.cond_dim else None
+
+    def at(self, condition: Array | None = None) -> Contraction:
+        """The network of flat events with its weights made to keep the bound.
+
+        Args:
+            condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
+        """
+        return _at(self, condition, self.shape[1:])
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """The network, ``shape + batch`` to the same."""
+        flat = x.reshape((math.prod(self.shape), *x.shape[len(self.shape) :]))
+        return self.at(condition)(flat).reshape(x.shape)
+
+
+def _check(owner: str, cond_dim: int, lipschitz: float, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
+    if cond_dim < 0 or not 0 < lipschitz < 1:
+        raise InputError(
+            f"{owner}: cond_dim must be 0 or more and lipschitz in (0, 1), not {cond_dim} and "
+            f"{lipschitz}."
+        )
+
+
+def _initial(sizes: list[int], kernels: list[Shape], cond_dim: int, key: PRNGKeyArray):
+    """Weights, biases, slopes and the condition's weight of layers between these sizes."""
+    cond_key, key = jr.split(key)
+    depth = len(kernels) - 1
+    weights = [
+        jr.normal(k, (out, into, *kernel)) / math.sqrt(into * math.prod(kernel))
+        for k, into, out, kernel in zip(
+            jr.split(key, depth), sizes[:-2], sizes[1:-1], kernels[:-1], strict=True
+        )
+    ]
+    weights.append(jnp.zeros((*sizes[:-3:-1], *kernels[-1])))
+    biases = tuple(jnp.zeros(size) for size in sizes[1:])
+    cond = None
+    if cond_dim:
+        cond = jr.normal(cond_key, (sizes[1], cond_dim)) / math.sqrt(cond_dim)
+    return tuple(weights), biases, tuple(jnp.zeros(()) for _ in range(depth)), cond
+
+
+def _at(net: LipschitzMLP | LipschitzConv, condition: Array | None, space: Shape) -> Contraction:
+    kappa = net.lipschitz ** (1 / len(net.weights))
+    first, *rest = net.biases
+    if net.cond is not None:
+        if condition is None:
+            owner = type(net).__name__
+            raise InputError(f"{owner} needs a condition ({net.cond_dim},), got none.")
+        term = matmul(net.cond, condition)
+        first = expand(first, term.ndim) + term
+    weights = tuple(_bounded(w, kappa, space) for w in net.weights)
+    biases = tuple(jnp.repeat(b, math.prod(space), axis=0) for b in (first, *rest))
+    return Contraction(weights, biases, tuple(positive(raw) for raw in net.raw_slopes), space)
+
+
+def _bounded(weight: Array, kappa: float, space: Shape) -> Array:
+    size = _norm(weight, space)
     large = size > kappa
     return weight * jnp.where(large, kappa / jnp.where(large, size, 1), 1)
+
+
+def _norm(weight: Array, space: Shape) -> Array:
+    """An upper bound on the norm of W, or of W ∗ with the edges of space joined."""
+    out, into, *kernel = weight.shape
+    if not kernel:
+        return spectral_bound(weight)
+    # That of −k is the conjugate, with the same singular values: half the spectrum will do.
+    half = (*space[:-1], space[-1] // 2 + 1)
+    k, q = (np.indices(lengths).reshape((len(kernel), -1)) for lengths in (half, kernel))
+    angle = 2 * np.pi * (k.T / np.asarray(space)) @ q
+    flat = jnp.moveaxis(weight.reshape((out, into, -1)), -1, 0)
+    with jax.default_matmul_precision("highest"):
+        real, imag = (
+            jnp.tensordot(jnp.asarray(wave(angle), weight.dtype), flat, 1)
+            for wave in (np.cos, np.sin)
+        )
+    # As real matrices of twice the size, which have the same singular values twice.
+    rows = jnp.concatenate([real, -imag], -1), jnp.concatenate([imag, real], -1)
+    return jnp.max(jax.vmap(spectral_bound)(jnp.concatenate(rows, -2)))
+
+
+def _product(weight: Array, h: Array, space: Shape) -> Array:
+    """W h, or W ∗ h with the edges of space joined: ``(in · positions, *batch)`` to the like."""
+    out, into, *kernel = weight.shape
+    batch, rank = h.shape[1:], len(kernel)
+    image = (out * math.prod(space), *batch)
+    if not kernel:
+        return matmul(weight, h.reshape((into, math.prod(space), *batch))).reshape(image)
+    h = h.reshape((into, *space, math.prod(batch)))
+    wings = [(k // 2, k // 2) for k in kernel]
+    h = jnp.pad(h, [(0, 0), *wings, (0, 0)], mode="wrap")
+    placed = (rank + 1, 0, *range(1, rank + 1))
+    numbers = lax.ConvDimensionNumbers(placed, tuple(range(rank + 2)), placed)
+    y = lax.conv_general_dilated(h, weight, (1,) * rank, "VALID", dimension_numbers=numbers)
+    return y.reshape(image)
+
+
+def _transposed(weight: Array) -> Array:
+    """The weight of the transposed map: of a kernel, with its offsets turned round."""
+    return jnp.flip(weight.swapaxes(0, 1), range(2, weight.ndim))

@@ -24,6 +24,7 @@ from laminar.zoo.vectors import radial as radial
 from laminar.zoo.vectors import realnvp as realnvp
 from laminar.zoo.vectors import residual as residual
 from laminar.zoo.vectors import sylvester as sylvester
+from laminar.zoo.vectors import triangular_spline as triangular_spline
 
 BUILDERS = {
     "nsf": nsf,
@@ -32,6 +33,7 @@ BUILDERS = {
     "realnvp": realnvp,
     "residual": residual,
     "gaussianization": gaussianization,
+    "triangular_spline": triangular_spline,
     "nice": nice,
     "naf": naf,
     "bnaf": bnaf,

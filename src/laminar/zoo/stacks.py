@@ -52,10 +52,13 @@ def conditioned(
     mixing: Mixing = "order",
     periodic: bool = False,
     graph: ArrayLike | Sequence[Sequence[int]] | None = None,
+    keep_volume: bool = False,
 ) -> Repeat:
     """A scanned stack of layers of one kind, whose parameters networks set."""
     if graph is not None and (coupled or linear):
         raise InputError(f"{name}: coupling layers and linear maps do not keep to a graph.")
+    if keep_volume and (dim == 1 or linear):
+        raise InputError(f"{name}: keep_volume takes two columns or more, and no linear maps.")
     check_sizes(name, cond_dim, dim=dim, layers=layers, width=width, depth=depth)
     check_fast(name, fast)
 
@@ -88,6 +91,7 @@ def conditioned(
             depth=depth,
             cond_dim=cond_dim,
             periodic=periodic,
+            keep_volume=keep_volume,
             key=net_key,
         )
         return Chain([move, layer, Invert(move)])

@@ -19,10 +19,10 @@ from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.amortized import amortized
 from laminar.bijections.base import AbstractTransform, Invert
 from laminar.bijections.block import BlockAutoregressive
-from laminar.bijections.compose import Chain, repeat
+from laminar.bijections.compose import Chain, Permute, repeat
 from laminar.bijections.continuous import Adjoint, Continuous, Divergence, VelocityField
 from laminar.bijections.elementwise import Affine, Shift
-from laminar.bijections.linear import ActNorm
+from laminar.bijections.linear import ActNorm, Triangular
 from laminar.bijections.monotone import DeepSigmoidal
 from laminar.bijections.rank_one import Planar, Radial, Sylvester, SylvesterKind
 from laminar.bijections.residual import LogDet, Residual
@@ -190,11 +190,13 @@ def realnvp(
     depth: int = 2,
     cond_dim: int = 0,
     linear: bool = False,
+    keep_volume: bool = False,
     base: AbstractDistribution | None = None,
 ) -> Flow:
     """Affine coupling layers (Dinh et al. 2017): both directions are one network pass.
 
-    A single column gets spline maps. Arguments are those of `nsf`.
+    A single column gets spline maps. With `keep_volume` the log-scales of each layer have mean zero
+    (GIN, Sorrenson et al. 2020): all volume is the base's. Other arguments are those of `nsf`.
     """
     stack = conditioned(
         "realnvp",
@@ -207,6 +209,7 @@ def realnvp(
         cond_dim=cond_dim,
         coupled=True,
         linear=linear,
+        keep_volume=keep_volume,
     )
     return flow_over(base, dim, stack)
 
@@ -537,3 +540,38 @@ def gaussianization(
         return Chain([Invert(turn), bend, ActNorm(dim), turn])
 
     return flow_over(base, dim, repeat(make, layers, key=key))
+
+
+def triangular_spline(
+    dim: int,
+    *,
+    key: PRNGKeyArray,
+    layers: int = 8,
+    width: int = 128,
+    depth: int = 2,
+    bins: int = 8,
+    cond_dim: int = 0,
+    interval: float = 5.0,
+    base: AbstractDistribution | None = None,
+) -> Flow:
+    """Triangular spline flow (as in FlowJAX): bend every column, mix them linearly, repeat.
+
+    A layer is a spline with linear tails for each column and a `Triangular` map, by turns in an
+    order and its reverse; both directions cost D² and are exact. There are no networks but for a
+    condition, which sets the numbers of each layer: `width` and `depth` are those of that network.
+    Other arguments are those of `nsf`.
+    """
+    check_sizes("triangular_spline", cond_dim, dim=dim, layers=layers, width=width, depth=depth)
+
+    def make(at: tuple[Array, PRNGKeyArray]) -> AbstractTransform:
+        order, net_key = at
+        move = Permute(order)
+        bend = RationalQuadratic(bins, (dim,), interval=(-interval, interval), tails="linear")
+        layer = Chain([bend, move, Triangular(dim), Invert(move)])
+        if cond_dim:
+            layer = amortized(layer, cond_dim, width=width, depth=depth, key=net_key)
+        return layer
+
+    order_key, net_key = jr.split(key)
+    over = (paired_orders(dim, layers, order_key), jr.split(net_key, layers))
+    return flow_over(base, dim, repeat(make, layers, over=over))
