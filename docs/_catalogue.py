@@ -77,7 +77,7 @@ ROWS = {
         ("Along a given graph of the columns", "masked_autoregressive", "zt"),
         ("NICE", "nice", "fzNntdi"),
         ("RealNVP", "realnvp", "fzNntdi"),
-        ("GIN: scales that keep the volume", "Coupling coupling realnvp", "i"),
+        ("GIN: scales that keep the volume (`keep_volume=True`)", "Coupling coupling realnvp", "i"),
         ("MAF", "maf", "fzNnt"),
         ("IAF", "iaf", "fzNnt"),
         ("Neural spline flow", "nsf", "fzNntd"),

@@ -379,3 +379,34 @@ def test_what_is_no_key_is_said_to_be_none():
         flow.sample(10)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"fit: the first argument is a random key, .* not Flow"):
         fit(flow, jr.key(0), np.zeros((10, 2)))
+
+
+class Unsummed(AbstractBijection):
+    """Doubles, with a log-det for each entry, as is easily written."""
+
+    in_shape = (2,)
+    out_shape = (2,)
+    cond_shape = None
+
+    def forward(self, x, condition=None, *, key=None):
+        return 2 * x, jnp.full(2, jnp.log(2.0))
+
+    def inverse(self, y, condition=None, *, key=None):
+        return y / 2, -jnp.full(2, jnp.log(2.0))
+
+
+def test_a_log_det_that_is_not_summed_is_refused():
+    flow = Flow(Normal(2), Chain([Unsummed()]))
+    with pytest.raises(ShapeError, match="Unsummed: inverse gave a log-det of shape"):
+        flow.log_prob(jnp.ones((5, 2)))
+    with pytest.raises(ShapeError, match="Unsummed: forward"):
+        flow.sample_and_log_prob(jr.key(0), (3,))
+
+
+def test_parts_in_the_wrong_places_are_named():
+    with pytest.raises(InputError, match="where the distribution belongs it got Unsummed"):
+        Flow(Unsummed(), Normal(2))
+    with pytest.raises(InputError, match="where the transform belongs it got list"):
+        Flow(Normal(2), [Unsummed()])
+    with pytest.raises(InputError, match="where the transform belongs it got Unsummed"):
+        Flow(Normal(2), Unsummed)

@@ -81,6 +81,13 @@ class Flow(AbstractDistribution):
         cond_shape: Any = None,
     ):
         self.base, self.bijection, self.embed = base, bijection, embed
+        for part, kind in ((self._base, AbstractDistribution), (self._map, AbstractTransform)):
+            if not isinstance(part, kind):
+                raise InputError(
+                    "Flow takes a base distribution and then one transform (a `Chain` of several); "
+                    f"where the {kind.__name__.removeprefix('Abstract').lower()} belongs it got "
+                    f"{part.__name__ if isinstance(part, type) else type(part).__name__}."
+                )
         if self._base.space != self._map.in_space:
             raise ShapeError(
                 f"Flow: the base ({self._base.name}) has events on {self._base.space}, the "

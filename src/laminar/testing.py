@@ -17,7 +17,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from laminar._errors import InputError, LaminarError
+from laminar._errors import InputError, LaminarError, ShapeError
 from laminar._params import partition
 from laminar._typing import Array, PRNGKeyArray
 from laminar.bijections.base import AbstractTransform, Direction, call
@@ -143,10 +143,13 @@ def check_bijection(
         with jax.enable_x64(dtype == "float64"):
             pair = [_cast(b, dtype) for b in (bijection, other)]
             inputs = _draw(bijection, key, domain, image, edges, dtype)
-            if bijection.exactness == "exact":
-                found += _findings(pair, inputs, dtype, slack)
-            else:
-                found += _estimate_findings(pair, inputs, dtype, slack, domain)
+            try:
+                if bijection.exactness == "exact":
+                    found += _findings(pair, inputs, dtype, slack)
+                else:
+                    found += _estimate_findings(pair, inputs, dtype, slack, domain)
+            except ShapeError as error:
+                found.append(Check("batch-last = single events", dtype, 1, 0, str(error)))
     report = Report(bijection.name, tuple(found))
     for check in report.checks:
         if throw and not check.passed:
@@ -374,11 +377,17 @@ def _signatures(bijection, x_side, y_side, condition, dtype) -> list[Check]:
         else:
             one, key = side.points[..., 0], jr.key(0)
             value, log_det = eqx.filter_eval_shape(method, one, first, key=key)
-        wrong = (value.shape, log_det.shape) != (expected, ())
-        detail = f"It gives {value.shape} and {log_det.shape} for {expected} and ()."
-        found.append(Check(f"{direction}: shapes", dtype, float(wrong), 0, detail))
-        wrong = {str(value.dtype), str(log_det.dtype)} != {dtype}
-        detail = f"It gives {value.dtype} and {log_det.dtype}."
+        shapes = jnp.shape(value), jnp.shape(log_det)
+        detail = (
+            f"The image of one event has shape {shapes[0]} and should have {expected}; its log-det "
+            f"has {shapes[1]} and should have (), summed over the entries."
+        )
+        found.append(
+            Check(f"{direction}: shapes", dtype, float(shapes != (expected, ())), 0, detail)
+        )
+        kinds = [str(getattr(v, "dtype", type(v).__name__)) for v in (value, log_det)]
+        wrong = set(kinds) != {dtype}
+        detail = f"It gives {kinds[0]} and {kinds[1]}; both should be arrays of {dtype}."
         found.append(Check(f"{direction}: dtype", dtype, float(wrong), 0, detail))
     return found
 

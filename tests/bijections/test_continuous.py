@@ -229,6 +229,8 @@ def test_a_potential_field_is_a_gradient_and_knows_its_divergence(depth):
     np.testing.assert_allclose(v, -jax.grad(potential)(z), atol=1e-5)
     np.testing.assert_array_equal(v, field(t, z, c))
     np.testing.assert_allclose(trace, -jnp.trace(jax.hessian(potential)(z)[0, :, 0]), atol=1e-5)
+    with jax.enable_x64(True):  # which does not widen what is float32
+        assert all(part.dtype == jnp.float32 for part in field.with_divergence(t, z, c))
     batch = jnp.stack([z, z + 1], -1)
     many = field.with_divergence(jnp.asarray([0.3, 0.6]), batch, c)
     np.testing.assert_allclose(many[1][0], trace, atol=1e-5)

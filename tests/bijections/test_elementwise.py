@@ -73,6 +73,7 @@ def test_value(bijection, expected):
 def test_default_is_the_identity(make):
     template = make()
     assert not template.params.any()
+    assert not template.params.weak_type
     x = jnp.array([0.2, 1.0, 5.0])
     y, log_det = template.forward(x)
     np.testing.assert_allclose(y, x, rtol=2e-6)
@@ -137,6 +138,8 @@ def test_the_log_det_of_a_signed_power_at_zero_is_its_slope_there(exponent, expe
     assert (float(y), float(log_det)) == (0.0, expected)
     x, log_det = SignedPower(exponent).inverse(jnp.zeros(()))
     assert (float(x), float(log_det)) == (0.0, -expected)
+    for method in (SignedPower(exponent).forward, SignedPower(exponent).inverse):
+        assert float(jax.grad(lambda x, run=method: run(x)[0])(jnp.zeros(()))) == (exponent == 1)
 
 
 def test_shapes_follow_arguments():

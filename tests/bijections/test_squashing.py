@@ -28,6 +28,12 @@ def test_a_distribution_function_keeps_its_digits_in_both_tails(law):
     np.testing.assert_allclose(-log_det, LAWS[law].logpdf(np.asarray(x, float)), rtol=1e-5)
 
 
+def test_the_density_of_gumbel_does_not_rise_again_far_out():
+    x = jnp.asarray([-1e38, -1e6, -100.0, -80.0, -20.0])
+    log_det, slope = jax.vmap(jax.value_and_grad(lambda x: CDF("gumbel").forward(x)[1]))(x)
+    assert bool((jnp.diff(log_det) >= 0).all() & (slope >= 0).all())
+
+
 def test_softclip_and_log_tanh_are_their_formulas():
     x = np.array([-1e4, -1.7, -0.4, 0.0, 0.9, 1.2, 1e4])
     y, log_det = jax.vmap(Softclip(bound=2.0).forward)(jnp.asarray(x))

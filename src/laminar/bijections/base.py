@@ -174,6 +174,9 @@ def call(
 
     Returns:
         The image, ``event_shape + batch``, and the log-dets, ``batch``.
+
+    Raises:
+        ShapeError: If the transform gives a log-det of another shape.
     """
     event = transform.in_shape if direction == "forward" else transform.out_shape
     method = getattr(transform, direction)
@@ -182,7 +185,14 @@ def call(
     if transform.cond_shape is None:
         condition = None
     if batch == 0 or transform.batch_last:
-        return method(x, condition, key=key)
+        y, log_det = method(x, condition, key=key)
+        if jnp.shape(log_det) != x.shape[len(event) :]:
+            raise ShapeError(
+                f"{transform.name}: {direction} gave a log-det of shape {jnp.shape(log_det)}, and "
+                f"it should be {x.shape[len(event) :]}: one number for each event, summed over its "
+                "entries."
+            )
+        return y, log_det
     cond_axis = None if condition is None or condition.ndim == cond_ndim else -1
     keys = None if key is None else jr.split(key, x.shape[-1])
 
@@ -306,7 +316,8 @@ class Invert(AbstractTransform):
         if any(step.draws for step in self.bijection.steps()):
             raise ShapeError(
                 f"Invert: {self.bijection.name} draws what it samples, so its inverse would be a "
-                "bound; build it with loses='forward'."
+                "bound; where it can lose information the other way (loses='forward') it may be "
+                "inverted if it is then exact."
             )
 
     @property

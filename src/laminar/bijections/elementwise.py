@@ -389,7 +389,9 @@ class SignedPower(AbstractElementwise):
     def _run(exponent, log_exponent, x):
         size, log_det = Power._run(exponent, log_exponent, jnp.abs(x))
         at_zero = jnp.where(exponent == 1, 0.0, jnp.where(exponent > 1, -jnp.inf, jnp.inf))
-        return jnp.sign(x) * size, jnp.where(x == 0, at_zero.astype(x.dtype), log_det)
+        # At zero too the identity has a slope of one; the others' are 0, and ∞ without a gradient.
+        y = jnp.where((x == 0) & (exponent == 1), x, jnp.sign(x) * size)
+        return y, jnp.where(x == 0, at_zero.astype(x.dtype), log_det)
 
     def forward_kernel(self, params, x):
         """``(sign(x) |x|^a, ln a + (a − 1) ln |x|)``."""
@@ -479,7 +481,8 @@ class SinhArcsinh(AbstractElementwise):
 
 def _as_float(value: ArrayLike) -> Array:
     value = jnp.asarray(value)
-    return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(float)
+    # The type is given too, as that of a Python number would be weak.
+    return value.astype(value.dtype if jnp.issubdtype(value.dtype, jnp.inexact) else float)
 
 
 def _one_positive(owner: str, shape: Shape | None, **given: ArrayLike) -> tuple[Array, Shape]:

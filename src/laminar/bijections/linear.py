@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jax.scipy.fft import dct, idct
-from jax.scipy.linalg import solve_triangular
+from jax.scipy.linalg import lu_factor, lu_solve, solve_triangular
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
@@ -318,17 +318,17 @@ class Matrix(AbstractBijection):
         """Equal to ``in_shape``."""
         return self.in_shape
 
-    def _log_det(self, x: Array) -> Array:
-        return _fill(jnp.linalg.slogdet(self.matrix)[1], x)
-
     def forward(self, x, condition=None, *, key=None):
         """``(W x + b, ln |det W|)``."""
-        return _add(_product(self.matrix, x), self.shift), self._log_det(x)
+        log_det = _fill(jnp.linalg.slogdet(self.matrix)[1], x)
+        return _add(_product(self.matrix, x), self.shift), log_det
 
     def inverse(self, y, condition=None, *, key=None):
         """``(W⁻¹ (y − b), −ln |det W|)``."""
         columns = _subtract(y, self.shift).reshape(y.shape[0], math.prod(y.shape[1:]))
-        return jnp.linalg.solve(self.matrix, columns).reshape(y.shape), -self._log_det(y)
+        factors = lu_factor(self.matrix)
+        x = lu_solve(factors, columns).reshape(y.shape)
+        return x, _fill(-jnp.log(jnp.abs(jnp.diagonal(factors[0]))).sum(), y)
 
 
 class DCT(AbstractBijection):

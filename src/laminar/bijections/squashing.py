@@ -131,7 +131,8 @@ class CDF(AbstractElementwise):
     logistic law is `Sigmoid`, and ``Chain([Invert(Affine(loc, scale)), CDF(law)])`` is that of the
     law moved and scaled. The log-det keeps its digits in both tails, and y in the lower one, down
     to the smallest normal number; the last number before one is 1 − 6e-8 in float32, where y is
-    clamped.
+    clamped. The quantiles of a Cauchy law end at about 7e17 in float32, where their slope would
+    overflow.
 
     Args:
         law: Whose distribution function.
@@ -183,13 +184,14 @@ def _cauchy(x: Array) -> tuple[Array, Array]:
 
 def _cauchy_quantile(y: Array) -> tuple[Array, Array]:
     rest = jnp.where(y > 0.5, 1 - y, y)
-    # The derivative of x is 1 / (π rest²), which must not overflow.
+    # The derivative of x is 1 / (π rest²), which must not overflow; the log-det stays that of y.
     size = 1 / jnp.tan(math.pi * jnp.maximum(rest, 4 * math.sqrt(_tiny(y))))
     return jnp.where(y > 0.5, size, -size), _LOG_PI - 2 * jnp.log(jnp.sin(math.pi * rest))
 
 
 def _gumbel(x: Array) -> tuple[Array, Array]:
-    rate = jnp.exp(jnp.minimum(-x, math.log(_largest(x)) - 1))
+    x = jnp.maximum(x, 1 - math.log(_largest(x)))  # where the rate would overflow
+    rate = jnp.exp(-x)
     return jnp.exp(-rate), -x - rate
 
 

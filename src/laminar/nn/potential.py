@@ -94,7 +94,7 @@ class PotentialField(eqx.Module):
     def _velocity(self, t, z, condition, trace: bool) -> tuple[Array, Array]:
         s, dim = self._joined(t, z, condition), math.prod(self.shape)
         step = 1 / max(1, len(self.weights) - 1)
-        h, gradients = s, jnp.zeros(())
+        h, gradients = s, jnp.zeros((), s.dtype)
         tanhs, squares = [], []
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = matmul(weight, h) + expand(bias, s.ndim)
