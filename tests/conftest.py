@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -31,6 +32,20 @@ def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAMINAR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _seeds(request):
+    """The state in which a module's generators begin."""
+    made = (v for v in vars(request.module).values() if isinstance(v, np.random.Generator))
+    return [(generator, generator.bit_generator.state) for generator in made]
+
+
+@pytest.fixture(autouse=True)
+def _same_draws(_seeds):
+    """A test draws the same numbers whichever tests ran before it, on whichever worker."""
+    for generator, state in _seeds:
+        generator.bit_generator.state = state
 
 
 _TESTS_BETWEEN = 3
