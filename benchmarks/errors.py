@@ -6,6 +6,8 @@ are kept cell by cell, and ``--page docs/numerics.md`` writes their tables into 
     python benchmarks/errors.py --budget 1800 --page docs/numerics.md
 """
 
+import dataclasses
+import inspect
 import json
 import math
 import sys
@@ -21,8 +23,8 @@ import numpy as np
 from _common import end_last_line, guard, machine, names_of, numbers, parser, read_lines
 
 from laminar._errors import ShapeError
-from laminar._params import partition
-from laminar.bijections.base import call
+from laminar._params import Frozen, partition
+from laminar.bijections.base import AbstractTransform, call
 from laminar.bijections.compose import Chain, Repeat
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +159,7 @@ def tables(records, depths):
     text = []
     for place, title in zip(PLACES, ("Ordinary points", "Far in the tails"), strict=True):
         heads = [f"{what}, {dtype}" for dtype in DTYPES for what in ("round trip", "log-det")]
-        text += [f"### {title}", "", f"| bijection | {' | '.join(heads)} |"]
+        text += [f"### {title}", "", f"| case | {' | '.join(heads)} |"]
         text.append("|---" * (1 + len(heads)) + "|")
         for name in CASES:
             cells = [
@@ -168,6 +170,56 @@ def tables(records, depths):
             text.append(f"| `{name}` | {' | '.join(cells)} |")
         text.append("")
     return "\n".join(text)
+
+
+def described(thing):
+    """A case's classes, each with its parts and those of its options that are not the default.
+
+    An option is known where a field has the name of an argument of the constructor.
+    """
+    thing = thing.tree if isinstance(thing, Frozen) else thing
+    if isinstance(thing, tuple | list):
+        return f"[{', '.join(map(described, thing))}]"
+    kind = type(thing)
+    if not isinstance(thing, AbstractTransform):
+        return kind.__name__
+    arguments = inspect.signature(kind).parameters
+    parts, chosen = [], []
+    for field in dataclasses.fields(thing):
+        value = getattr(thing, field.name)
+        value = value.tree if isinstance(value, Frozen) else value
+        first = value[0] if isinstance(value, tuple | list) and value else value
+        option = is_plain(value) and field.name in arguments and not field.name.endswith("shape")
+        if isinstance(first, eqx.Module):
+            parts.append(described(value))
+        elif option and arguments[field.name].default != value:
+            chosen.append(f"{field.name}={written(value)}")
+    inside = ", ".join(parts + chosen)
+    return f"{kind.__name__}({inside})" if inside else kind.__name__
+
+
+def is_plain(value):
+    return value is None or isinstance(value, bool | int | float | str | tuple)
+
+
+def written(value):
+    if isinstance(value, tuple):
+        inside = ", ".join(map(written, value))
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+def key_to_cases():
+    """Markdown: of each case its classes and shapes."""
+    text = ["### The cases", "", "| case | made of | event | condition |", "|---|---|---|---|"]
+    for name, case in CASES.items():
+        made = case.make(jr.key(0))
+        event = written(made.in_shape)
+        if made.out_shape != made.in_shape:
+            event += f" → {written(made.out_shape)}"
+        condition = "–" if made.cond_shape is None else written(made.cond_shape)
+        text.append(f"| `{name}` | `{described(made)}` | {event} | {condition} |")
+    return "\n".join([*text, ""])
 
 
 def options():
@@ -216,7 +268,8 @@ def main():
         page = args.page.read_text()
         head, rest = page.split(MARKS[0])
         tail = rest.split(MARKS[1])[1]
-        args.page.write_text(f"{head}{MARKS[0]}\n\n{text}\n{MARKS[1]}{tail}")
+        tail = f"{key_to_cases()}\n{MARKS[1]}{tail}"
+        args.page.write_text(f"{head}{MARKS[0]}\n\n{text}\n{tail}")
 
 
 if __name__ == "__main__":

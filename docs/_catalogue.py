@@ -6,6 +6,8 @@ writes it. A test sees to it that the page is as written, that every name exists
 transform of laminar has a row.
 """
 
+import inspect
+import re
 from pathlib import Path
 
 import laminar
@@ -22,8 +24,8 @@ LIBRARIES = {
     "i": ("FrEIA", "0.2"),
 }
 
-# What it is, laminar's names (none where it lacks it), and the letters of the libraries whose
-# release has it.
+# What it is, laminar's names with the options that make it (none where it lacks it), and the
+# letters of the libraries whose release has it.
 ROWS = {
     "Scalar maps": [
         ("Affine and additive", "Affine Shift", "fzNntdi"),
@@ -31,12 +33,12 @@ ROWS = {
         ("Sigmoid, logit, tanh", "Sigmoid logit Tanh LeakyTanh", "fzNndi"),
         ("Sinh–arcsinh", "SinhArcsinh", ""),
         ("Rational-quadratic spline", "RationalQuadratic", "fzNntd"),
-        ("Circular rational-quadratic spline", "RationalQuadratic", "zNd"),
+        ("Circular rational-quadratic spline", 'RationalQuadratic(tails="circular")', "zNd"),
         ("Linear spline", "Linear", "nt"),
         ("Quadratic and cubic splines", "", "n"),
         ("Linear-rational spline", "", "t"),
-        ("Mixture of logistics (Flow++)", "MixtureCDF", "t"),
-        ("Mixture of normals, back through their quantiles", "MixtureCDF", "z"),
+        ("Mixture of logistics (Flow++)", 'MixtureCDF(law="logistic")', "t"),
+        ("Mixture of normals, back through their quantiles", 'MixtureCDF(law="normal")', "z"),
         ("Deep sigmoidal (NAF)", "DeepSigmoidal naf", "zt"),
         ("Unconstrained monotone (UMNN)", "UnconstrainedMonotone", "zt"),
         ("Sum-of-squares polynomial", "SumOfSquares", "z"),
@@ -74,10 +76,14 @@ ROWS = {
             "MaskedAutoregressive masked_autoregressive",
             "fzt",
         ),
-        ("Along a given graph of the columns", "masked_autoregressive", "zt"),
+        ("Along a given graph of the columns", "masked_autoregressive(graph=…)", "zt"),
         ("NICE", "nice", "fzNntdi"),
         ("RealNVP", "realnvp", "fzNntdi"),
-        ("GIN: scales that keep the volume (`keep_volume=True`)", "Coupling coupling realnvp", "i"),
+        (
+            "GIN: scales that keep the volume",
+            "coupling(keep_volume=True) realnvp(keep_volume=True)",
+            "i",
+        ),
         ("MAF", "maf", "fzNnt"),
         ("IAF", "iaf", "fzNnt"),
         ("Neural spline flow", "nsf", "fzNntd"),
@@ -96,13 +102,13 @@ ROWS = {
     ],
     "Continuous flows": [
         ("Neural ODE", "Continuous cnf VelocityField", "zt"),
-        ("Neural ODE with a convolutional velocity", "VelocityField", "t"),
+        ("Neural ODE with a convolutional velocity", "VelocityField(kernel=3)", "t"),
         ("RNODE regularisation", "rnode", "t"),
         ("OT-Flow: a potential with a closed trace", "PotentialField", "t"),
         ("Flow matching", "flow_matching", ""),
     ],
     "Manifolds": [
-        ("Turns of a circle", "CircleMoebius", "zN"),
+        ("Turns of a circle: the shift of a Möbius map", "CircleMoebius", "zN"),
         ("Möbius maps of the circle", "CircleMoebius", ""),
         ("Tori: coupling and autoregression of circular maps", "torus", "zNd"),
         ("Spheres: recursive", "Cylindrical sphere", ""),
@@ -123,7 +129,7 @@ ROWS = {
         ("Glow", "glow", "Nti"),
         ("Residual flow with convolutions", "LipschitzConv", "Nti"),
         ("Dequantisation, uniform", "Dequantise", "N"),
-        ("Dequantisation, variational", "Dequantise dequantisation_noise", ""),
+        ("Dequantisation, variational", "Dequantise(noise=…) dequantisation_noise", ""),
         (
             "Transformer autoregression over patches (TarFlow)",
             "TransformerAutoregressive tarflow",
@@ -138,7 +144,7 @@ ROWS = {
         ("Sorting", "Sort Ordered", ""),
     ],
     "Conditions encoded by a network": [
-        ("Any network, trained with the flow", "Flow", "fn"),
+        ("Any network, trained with the flow", "Flow(embed=…)", "fn"),
         ("Sets, sequences, images", "SetEncoder SequenceEncoder ImageEncoder", ""),
     ],
     "Putting together": [
@@ -153,8 +159,8 @@ ROWS = {
 HEAD = """# The catalogue beside others
 
 Every row is a bijection, a surjection or an architecture. The column of laminar is made from its
-own names by `docs/_catalogue.py`; they are described under [bijections](bijections.md) and in the
-[reference](api.md).
+own names by `docs/_catalogue.py`, with the option that makes a variant where there is one; they are
+described under [bijections](bijections.md) and in the [reference](api.md).
 
 The other columns were read in November 2026 from the source code of these releases:
 {versions}.
@@ -177,9 +183,15 @@ statement is made of the others.
 
 
 def cells(names: str) -> str:
-    """Names of laminar as code, – for none; one that does not exist is an error."""
+    """Names of laminar as code, – for none; one that does not exist is an error.
+
+    A name may have options behind it, as in ``Flow(embed=…)``, which must exist too.
+    """
     for name in names.split():
-        getattr(laminar, name)
+        thing = getattr(laminar, name.split("(")[0])
+        for option in re.findall(r"(\w+)=", name):
+            if option not in inspect.signature(thing).parameters:
+                raise ValueError(f"{name}: there is no option {option}.")
     return ", ".join(f"`{name}`" for name in names.split()) or "–"
 
 

@@ -28,6 +28,21 @@ def positive(raw: Array) -> Array:
     return jax.nn.softplus(jnp.maximum(raw, _LOWEST) + SOFTPLUS_ONE)
 
 
+@jax.custom_jvp
+def reciprocal(raw: Array) -> Array:
+    """1 / positive(raw), whose derivative is finite where the square of `positive` underflows."""
+    return 1 / positive(raw)
+
+
+@reciprocal.defjvp
+def _reciprocal_jvp(primals, tangents):
+    (raw,), (step,) = primals, tangents
+    value = reciprocal(raw)
+    # The slope of the logarithm is of order one; transposed, its factors alone would overflow.
+    log_slope = jax.jvp(lambda r: jnp.log(positive(r)), (raw,), (jnp.ones_like(raw),))[1]
+    return value, -(value * log_slope) * step
+
+
 def positive_inverse(value: Array) -> Array:
     """The raw array that `positive` maps to `value`: ln(exp(v) − 1) − ln(e − 1)."""
     return value + jnp.log(-jnp.expm1(-value)) - SOFTPLUS_ONE

@@ -15,6 +15,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jax import lax
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen
 from laminar._typing import Array, Callable, PRNGKeyArray, Shape
@@ -170,7 +171,7 @@ def reverse_kl(
         An objective; it ignores its batch, so `fit` takes None for data. Its ``aux`` holds
         ``{"elbo": E_q[ln p − ln q]}``.
     """
-    _check_counts("reverse_kl", samples=samples)
+    check_sizes("reverse_kl", samples=samples)
     return ReverseKL(log_density, samples, path_gradient, anneal)
 
 
@@ -221,7 +222,7 @@ def importance_weighted(
     Returns:
         An objective; it ignores its batch, and its ``aux`` holds ``{"bound": −loss}``.
     """
-    _check_counts("importance_weighted", samples=samples, particles=particles)
+    check_sizes("importance_weighted", samples=samples, particles=particles)
     return ImportanceWeighted(log_density, samples, particles, path_gradient)
 
 
@@ -273,7 +274,7 @@ def forward_kl(
         An objective; it ignores its batch, and its ``aux`` holds the effective sample size as a
         fraction, ``{"ess": 1 / (S Σ w̄_i²)}``.
     """
-    _check_counts("forward_kl", samples=samples)
+    check_sizes("forward_kl", samples=samples)
     return ForwardKL(log_density, samples, None if proposal is None else Frozen(proposal))
 
 
@@ -317,12 +318,6 @@ def _check_annealing(start: float, over: int) -> None:
             f"annealing starts at {start} and takes {over} steps; give a number in (0, 1] and at "
             "least one step."
         )
-
-
-def _check_counts(owner: str, **counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
 
 
 def _refuse_condition(owner: str, flow: AbstractDistribution) -> None:

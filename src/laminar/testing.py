@@ -69,7 +69,12 @@ class Check(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All findings on one bijection; prints as a table."""
+    """All findings on one bijection; prints as a table.
+
+    Attributes:
+        subject: The name of the bijection.
+        checks: The findings in order; each has its name, dtype, error, budget and detail.
+    """
 
     subject: str
     checks: tuple[Check, ...]

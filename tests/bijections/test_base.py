@@ -6,10 +6,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from laminar._errors import ShapeError
+from laminar._errors import InputError, ShapeError
 from laminar.bijections.base import AbstractBijection, AbstractTransform, Identity, Invert, call
-from laminar.bijections.compose import Chain, Reshape
-from laminar.bijections.elementwise import Affine, Exp
+from laminar.bijections.compose import Chain, Repeat, Reshape, Stack
+from laminar.bijections.conjugate import Conjugate
+from laminar.bijections.coupling import coupling
+from laminar.bijections.elementwise import Affine, Exp, Tanh
 from laminar.bijections.path import first_steps
 
 
@@ -86,3 +88,31 @@ def test_first_steps_of_a_single_step():
     assert isinstance(first_steps(affine, 0), Identity)
     with pytest.raises(ShapeError, match="Affine has 1 steps"):
         first_steps(affine, 2)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_rows_in_front_are_refused_with_the_way_out(direction):
+    chain = Chain([Affine(shape=(3,)), Tanh((3,))])
+    message = r"takes \(3,\) with batch axes behind, and got \(100, 3\); put the batch last"
+    with pytest.raises(ShapeError, match=message):
+        call(chain, direction, jnp.zeros((100, 3)))
+    with pytest.raises(ShapeError, match=r"and got \(4, 100\)\.$"):
+        call(chain, direction, jnp.zeros((4, 100)))
+
+
+MAKERS = {
+    "Chain": lambda part: Chain([part]),
+    "Invert": Invert,
+    "Repeat": lambda part: Repeat([part]),
+    "Conjugate": lambda part: Conjugate(part, part),
+    "Stack": lambda part: Stack([part]),
+    "Coupling": lambda part: coupling(4, part, key=jr.key(0)),
+}
+
+
+@pytest.mark.parametrize(("owner", "make"), MAKERS.items())
+def test_what_is_no_transform_is_named(owner, make):
+    with pytest.raises(InputError, match=f"{owner} got the class Affine; call it to make"):
+        make(Affine)
+    with pytest.raises(InputError, match=f"{owner} is made of transforms, and got a float"):
+        make(3.0)

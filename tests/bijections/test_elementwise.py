@@ -28,6 +28,7 @@ from laminar.bijections.elementwise import (
     Tanh,
     logit,
 )
+from laminar.bijections.monotone import TailTransform
 from laminar.bijections.templates import as_elementwise
 
 MAPS = {
@@ -223,3 +224,16 @@ def test_scales_do_not_underflow(raw):
     x, log_det = Affine().inverse_kernel(params, jnp.float32(0.0))
     assert bool(jnp.isfinite(x))
     assert bool(jnp.isfinite(log_det))
+
+
+@pytest.mark.parametrize("raw", [-1e30, -79.0, -60.0, 60.0])
+@pytest.mark.parametrize(
+    "bijection", [Affine(), Power(), SignedPower(), LeakyReLU(), SinhArcsinh(), TailTransform()]
+)
+def test_gradients_are_finite_at_extreme_parameters(bijection, raw):
+    for index in range(len(bijection.params)):
+        params = bijection.params.at[index].set(raw)
+        for kernel in (bijection.forward_kernel, bijection.inverse_kernel):
+            for part in (0, 1):
+                gradients = jax.grad(lambda *a, k=kernel, i=part: k(*a)[i], (0, 1))(params, 0.7)
+                assert all(bool(jnp.isfinite(g).all()) for g in gradients), (index, kernel, part)

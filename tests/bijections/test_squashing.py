@@ -28,6 +28,12 @@ def test_a_distribution_function_keeps_its_digits_in_both_tails(law):
     np.testing.assert_allclose(-log_det, LAWS[law].logpdf(np.asarray(x, float)), rtol=1e-5)
 
 
+def test_quantiles_of_cauchy_go_on_where_their_slope_overflows():
+    x, log_det = CDF("cauchy").inverse(jnp.float32(1e-30))
+    np.testing.assert_allclose(x, -1 / (math.pi * 1e-30), rtol=1e-6)
+    np.testing.assert_allclose(log_det, -math.log(math.pi) + 2 * math.log(math.pi * -x), rtol=1e-6)
+
+
 def test_the_density_of_gumbel_does_not_rise_again_far_out():
     x = jnp.asarray([-1e38, -1e6, -100.0, -80.0, -20.0])
     log_det, slope = jax.vmap(jax.value_and_grad(lambda x: CDF("gumbel").forward(x)[1]))(x)

@@ -310,6 +310,8 @@ def test_the_history_is_plain_json():
     assert loaded["stop_reason"] == "steps"
     assert loaded["seconds"] > 0
     assert History().steps == 0
+    told = History(loss=np.zeros(7), best_step=5, best_loss=1.25, seconds=2.0, stop_reason="steps")
+    assert repr(told) == "History(7 steps in 2.0 s, ended by steps; held-out loss 1.25 after 5)"
 
 
 def test_a_preset_is_handed_on_and_decides_the_options(monkeypatch):

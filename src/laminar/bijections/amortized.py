@@ -12,13 +12,14 @@ import jax.tree_util as jtu
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, partition, trainable
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractTransform, Exactness, Invert, call, image
+from laminar.bijections.base import AbstractTransform, Invert, call
 from laminar.bijections.compose import Chain, Repeat, Stack
 from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.frames import AbstractAlike, AbstractComposite, needed
 from laminar.nn.mlp import MLP, Activation, Dense, apply_network
 
 
-class Amortized(AbstractTransform):
+class Amortized(AbstractAlike, AbstractComposite):
     r"""Any transform with its trained numbers moved by a network of the condition.
 
         y = f(x; θ(c)),    θ(c) = θ_0 + net(c)
@@ -48,7 +49,6 @@ class Amortized(AbstractTransform):
     bijection: AbstractTransform
     net: Callable
     cond_shape: Shape = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, bijection: AbstractTransform, net: Callable, cond_dim: int):
         self.bijection, self.net = bijection, net
@@ -56,29 +56,8 @@ class Amortized(AbstractTransform):
         _check_network(net, cond_dim, bijection)
 
     @property
-    def in_shape(self) -> Shape:
-        """What the template takes."""
-        return self.bijection.in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        """What the template gives."""
-        return self.bijection.out_shape
-
-    @property
-    def in_space(self):
-        """That of the template."""
-        return self.bijection.in_space
-
-    @property
-    def out_space(self):
-        """That of the template."""
-        return self.bijection.out_space
-
-    @property
-    def exactness(self) -> Exactness:
-        """That of the template."""
-        return self.bijection.exactness
+    def _like(self):
+        return self.bijection
 
     @property
     def name(self) -> str:
@@ -116,8 +95,7 @@ class Amortized(AbstractTransform):
         return Amortized(step, net, self.cond_shape[0])
 
     def _run(self, direction, x, condition, key, apply=call):
-        if condition is None:
-            raise ShapeError(f"{self.name} needs a condition of shape {self.cond_shape}; got none.")
+        condition = needed(self, condition)
         batch = condition.shape[1:]
         moves = apply_network(self.net, condition).reshape((-1, *batch))
         trained, rest = partition(self.bijection)
@@ -136,18 +114,6 @@ class Amortized(AbstractTransform):
             for _ in batch:
                 run = _over_rows(run)
         return run(moved, x, condition, key)
-
-    def forward(self, x, condition=None, *, key=None):
-        """``f(x; θ(c))`` with its log-det."""
-        return self._run("forward", x, condition, key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``f⁻¹(y; θ(c))`` with its log-det."""
-        return self._run("inverse", y, condition, key)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The image alone."""
-        return self._run(direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the data on to the template, as if the network gave zero."""

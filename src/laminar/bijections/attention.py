@@ -1,18 +1,17 @@
 """Autoregressive flows over tokens with a transformer as conditioner, sampled with a KV cache."""
 
 import math
-from typing import ClassVar
 
 from laminar._errors import ShapeError
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection, AbstractTransform
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.autoregressive import AbstractAutoregressive
+from laminar.bijections.base import AbstractTransform
 from laminar.bijections.templates import as_elementwise, as_template
 from laminar.nn.attention import CausalTransformer
 from laminar.nn.mlp import Activation
 
 
-class TransformerAutoregressive(AbstractBijection):
+class TransformerAutoregressive(AbstractAutoregressive):
     r"""A scalar map of every entry of a token, whose parameters depend on the tokens before it.
 
         x_t = τ(z_t; θ_t(x_1, …, x_{t−1}, c)),     ln |det| = Σ_t Σ_i ln τ′(z_{t,i}; θ_{t,i})
@@ -33,9 +32,7 @@ class TransformerAutoregressive(AbstractBijection):
         ShapeError: If the template is not scalar, or the network's parameter count does not fit it.
     """
 
-    template: AbstractElementwise
     net: CausalTransformer
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, template: AbstractTransform, net: CausalTransformer):
         self.template = as_template("TransformerAutoregressive", template, net.params)
@@ -46,27 +43,12 @@ class TransformerAutoregressive(AbstractBijection):
         """``(F, T)``."""
         return self.net.in_shape
 
-    @property
-    def out_shape(self) -> Shape:
-        """``(F, T)``."""
-        return self.net.in_shape
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """What the network takes."""
-        return self.net.cond_shape
-
     def row_cost(self, direction):
         """Parameters and hidden units of all tokens, or the keys and values of all layers."""
         net, length = self.net, self.in_shape[1]
         held = 2 * net.depth if direction == "forward" else 8
         scores = 0 if direction == "forward" else net.blocks.heads * length**2
         return net.params * math.prod(self.in_shape) + held * net.width * length + scores
-
-    def forward(self, x, condition=None, *, key=None):
-        """Latent → data, token by token."""
-        step = self.template.forward_kernel
-        return self.net.sequential(step, x, condition, self.template.params)
 
     def inverse(self, y, condition=None, *, key=None):
         """Data → latent, by one dense pass."""

@@ -1,7 +1,7 @@
 """Masked autoregressive flows with any scalar transformer, invertible at the cost of one pass."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,13 +9,36 @@ import jax
 from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform
 from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.frames import AbstractSameShape
 from laminar.bijections.templates import as_elementwise, as_template
 from laminar.nn.masked import MaskedMLP
 
 _LARGE = 4  # of 184, 989 and 2,944 parameters on 128 units, the two latter gain (on a CPU)
 
 
-class MaskedAutoregressive(AbstractBijection):
+class AbstractAutoregressive(AbstractSameShape, AbstractBijection):
+    """A scalar map of every entry, whose parameters a network finds from entries before it.
+
+    Attributes:
+        template: The transformer, whose parameters are those of a network that gives zero.
+        net: The network, with a dense and a ``sequential`` pass.
+    """
+
+    template: AbstractElementwise
+    net: Any
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """What the network takes."""
+        return self.net.cond_shape
+
+    def forward(self, x, condition=None, *, key=None):
+        """Latent → data, by the incremental pass."""
+        step = self.template.forward_kernel
+        return self.net.sequential(step, x, condition, self.template.params)
+
+
+class MaskedAutoregressive(AbstractAutoregressive):
     r"""A scalar map of every entry whose parameters depend on the entries before it.
 
         x_d = τ(z_d; θ_d(x_1, …, x_{d−1}, c)),     ln |det| = Σ_d ln τ′(z_d; θ_d)
@@ -38,9 +61,7 @@ class MaskedAutoregressive(AbstractBijection):
         ShapeError: If the template is not scalar, or the network's parameter count does not fit it.
     """
 
-    template: AbstractElementwise
     net: MaskedMLP
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, template: AbstractTransform, net: MaskedMLP):
         self.template = as_template("MaskedAutoregressive", template, net.params)
@@ -51,27 +72,12 @@ class MaskedAutoregressive(AbstractBijection):
         """``(D,)``."""
         return (self.net.dim,)
 
-    @property
-    def out_shape(self) -> Shape:
-        """``(D,)``."""
-        return (self.net.dim,)
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """What the network takes."""
-        return self.net.cond_shape
-
     def row_cost(self, direction):
         """The template of all entries in the dense pass, of one in the incremental one."""
         net, each = self.net, self.template.row_cost(direction)
         if direction == "forward":
             return each + 4 * net.dim + net.width * (len(net.hidden) + 1)
         return each * net.dim + 2 * net.width
-
-    def forward(self, x, condition=None, *, key=None):
-        """Latent → data, by the incremental pass."""
-        step = self.template.forward_kernel
-        return self.net.sequential(step, x, condition, self.template.params)
 
     def inverse(self, y, condition=None, *, key=None):
         """Data → latent, by one dense pass."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from laminar._errors import ShapeError
+from laminar._errors import InputError, ShapeError
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
 from laminar.spaces import AbstractSpace
 
@@ -176,9 +176,12 @@ def call(
         The image, ``event_shape + batch``, and the log-dets, ``batch``.
 
     Raises:
-        ShapeError: If the transform gives a log-det of another shape.
+        ShapeError: If the array does not begin with the event, or the transform gives a log-det of
+            another shape.
     """
-    event = transform.in_shape if direction == "forward" else transform.out_shape
+    event = tuple(transform.in_shape if direction == "forward" else transform.out_shape)
+    if x.shape[: len(event)] != event:
+        raise ShapeError(_not_events(transform.name, direction, event, x.shape))
     method = getattr(transform, direction)
     batch = x.ndim - len(event)
     cond_ndim = 0 if transform.cond_shape is None else len(transform.cond_shape)
@@ -202,6 +205,14 @@ def call(
     return jax.vmap(one, in_axes=(-1, cond_axis, None if key is None else 0), out_axes=-1)(
         x, condition, keys
     )
+
+
+def _not_events(name: str, direction: Direction, event: Shape, shape: Shape) -> str:
+    """Says what was wanted, and how to get it where rows stand in front."""
+    text = f"{name}: {direction} takes {event} with batch axes behind, and got {shape}"
+    if shape[len(shape) - len(event) :] != event:
+        return text + "."
+    return text + "; put the batch last, as in jnp.moveaxis(x, 0, -1), or use a Flow's methods."
 
 
 def image(
@@ -238,8 +249,18 @@ def merge_cond_shapes(owner: str, parts: Sequence[AbstractTransform]) -> Shape |
     return None if found is None else found[1]
 
 
+def check_transform(owner: str, part: Any) -> None:
+    """Refuse what is not a transform, such as a class instead of an instance of it."""
+    if isinstance(part, type):
+        raise InputError(f"{owner} got the class {part.__name__}; call it to make a transform.")
+    if not isinstance(part, AbstractTransform):
+        raise InputError(f"{owner} is made of transforms, and got a {type(part).__name__}.")
+
+
 def check_joints(owner: str, parts: Sequence[AbstractTransform]) -> None:
     """Refuse parts of which one does not take what the one before it gives."""
+    for part in parts:
+        check_transform(owner, part)
     for i, (a, b) in enumerate(itertools.pairwise(parts)):
         if a is b and a.out_shape != a.in_shape:
             raise ShapeError(
@@ -263,6 +284,7 @@ def check_flat(owner: str, part: AbstractTransform, *, exact: bool = True) -> No
 
     And, if it must be `exact`, one that is not, or one that draws when it samples.
     """
+    check_transform(owner, part)
     if exact and part.exactness != "exact":
         raise ShapeError(f"{owner} takes an exact bijection, not {part.name}.")
     if exact and any(step.draws for step in part.steps()):
@@ -309,6 +331,7 @@ class Invert(AbstractTransform):
         return self.bijection.in_space
 
     def __check_init__(self):
+        check_transform("Invert", self.bijection)
         if self.bijection.exactness == "bound":
             raise ShapeError(
                 f"Invert takes no bounds, and {self.bijection.name} is declared 'bound'."

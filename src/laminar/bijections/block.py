@@ -1,7 +1,6 @@
 """Block neural autoregressive flow: one network that is itself the bijection."""
 
 import math
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -10,10 +9,12 @@ import jax.random as jr
 import numpy as np
 from jax import lax
 
-from laminar._errors import InputError, ShapeError
+from laminar._checks import check_sizes
+from laminar._errors import InputError
 from laminar._params import expand, positive
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection
+from laminar.bijections.frames import AbstractSameShape, needed
 from laminar.bijections.numerical import clamped_root
 from laminar.nn.masked import as_order
 from laminar.nn.mlp import matmul
@@ -22,7 +23,7 @@ _PIVOT = 2.0  # outermost of the fixed biases that tell the units of a block apa
 _BENT = -3.0  # raw p of a start that bends
 
 
-class BlockAutoregressive(AbstractBijection):
+class BlockAutoregressive(AbstractSameShape, AbstractBijection):
     r"""A network whose d-th output increases in x_d and sees x_1, …, x_d (De Cao et al. 2019).
 
         h_l = α(W_l h_{l−1} + b_l),   h_0 = x,   y = W_L h_{L−1} + b_L
@@ -68,7 +69,6 @@ class BlockAutoregressive(AbstractBijection):
     in_shape: Shape = eqx.field(static=True)
     cond_shape: Shape | None = eqx.field(static=True)
     units: int = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -80,9 +80,7 @@ class BlockAutoregressive(AbstractBijection):
         order: Array | None = None,
         key: PRNGKeyArray | None = None,
     ):
-        for name, value in {"dim": dim, "units": units, "depth": depth}.items():
-            if value < 1:
-                raise InputError(f"BlockAutoregressive: {name} must be at least 1, not {value}.")
+        check_sizes("BlockAutoregressive", dim=dim, units=units, depth=depth)
         if cond_dim < 0:
             raise InputError(f"BlockAutoregressive: cond_dim must be 0 or more, not {cond_dim}.")
         self.order = as_order("BlockAutoregressive", dim, order)
@@ -102,11 +100,6 @@ class BlockAutoregressive(AbstractBijection):
         self.cond = jnp.zeros((units * dim, cond_dim)) if cond_dim else None
         self.in_shape, self.units = (dim,), units
         self.cond_shape = (cond_dim,) if cond_dim else None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def row_cost(self, direction):
         """All units, with their log-slopes; ``inverse`` of a gradient keeps them at every step."""
@@ -129,11 +122,8 @@ class BlockAutoregressive(AbstractBijection):
         pivots = np.tile(pivots, self.in_shape[0])
         offsets[:-1] = [b + jnp.asarray(pivots, b.dtype) for b in offsets[:-1]]
         offsets = [expand(b, ndim) for b in offsets]
-        if self.cond is not None:
-            if condition is None:
-                raise ShapeError(
-                    f"BlockAutoregressive needs a condition of shape {self.cond_shape}; got none."
-                )
+        condition = needed(self, condition)
+        if self.cond is not None and condition is not None:
             offsets[0] = offsets[0] + expand(_product(self.cond, condition), ndim)
         return offsets
 

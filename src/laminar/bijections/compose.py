@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -23,13 +22,21 @@ from laminar.bijections.base import (
     call,
     check_flat,
     check_joints,
-    image,
+    check_transform,
     merge_cond_shapes,
     weakest,
 )
+from laminar.bijections.frames import (
+    AbstractAlike,
+    AbstractComposite,
+    AbstractOfOne,
+    AbstractSameShape,
+    AbstractShaped,
+    AbstractTwoWay,
+)
 
 
-class Chain(AbstractTransform):
+class Chain(AbstractComposite):
     """Composition in reading order: ``Chain([f_1, …, f_K])`` is f_K ∘ … ∘ f_1.
 
     The log-det is the sum of the parts' log-dets (Rezende & Mohamed 2015, eq. 6).
@@ -40,7 +47,6 @@ class Chain(AbstractTransform):
 
     parts: tuple[AbstractTransform, ...]
     cond_shape: Shape | None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, parts: Sequence[AbstractTransform]):
         if not parts:
@@ -74,29 +80,15 @@ class Chain(AbstractTransform):
         """The weakest exactness among the parts."""
         return weakest(self.parts)
 
-    def _run(self, parts, direction, x, condition, key, apply=call):
-        keys = [None] * len(parts) if key is None else jr.split(key, len(parts))
-        total = jnp.zeros(
-            x.shape[len(parts[0].in_shape if direction == "forward" else parts[0].out_shape) :],
-            x.dtype,
-        )
-        for part, part_key in zip(parts, keys, strict=True):
+    def _run(self, direction, x, condition, key, apply=call):
+        forward = direction == "forward"
+        keys = [None] * len(self.parts) if key is None else jr.split(key, len(self.parts))
+        event = self.in_shape if forward else self.out_shape
+        total = jnp.zeros(x.shape[len(event) :], x.dtype)
+        for part, part_key in zip(self.parts if forward else self.parts[::-1], keys, strict=True):
             x, log_det = apply(part, direction, x, condition, key=part_key)
             total = total + log_det
         return x, total
-
-    def forward(self, x, condition=None, *, key=None):
-        """f_K(… f_1(x)), with the summed log-det."""
-        return self._run(self.parts, "forward", x, condition, key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """f_1⁻¹(… f_K⁻¹(y)), with the summed log-det."""
-        return self._run(self.parts[::-1], "inverse", y, condition, key)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The image alone, part after part."""
-        parts = self.parts if direction == "forward" else self.parts[::-1]
-        return self._run(parts, direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise part after part, starting at the side where the data stand."""
@@ -117,7 +109,7 @@ class Chain(AbstractTransform):
         return tuple(step for part in self.parts for step in part.steps())
 
 
-class Repeat(AbstractTransform):
+class Repeat(AbstractAlike, AbstractComposite):
     """K layers of one structure and different parameters, applied one after the other.
 
     The layers are stored stacked along a leading axis and run by ``lax.scan``, so compile time does
@@ -133,7 +125,6 @@ class Repeat(AbstractTransform):
 
     layers: AbstractTransform
     length: int = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, layers: AbstractTransform | Sequence[AbstractTransform]):
         if not isinstance(layers, AbstractTransform):
@@ -149,34 +140,13 @@ class Repeat(AbstractTransform):
         self.length = lengths.pop()[0]
 
     @property
-    def in_shape(self) -> Shape:
-        """The shape each layer maps to itself."""
-        return self.layers.in_shape
-
-    @property
-    def out_shape(self) -> Shape:
-        """The shape each layer maps to itself."""
-        return self.layers.out_shape
-
-    @property
-    def in_space(self):
-        """That of a layer."""
-        return self.layers.in_space
-
-    @property
-    def out_space(self):
-        """That of a layer."""
-        return self.layers.out_space
+    def _like(self):
+        return self.layers
 
     @property
     def cond_shape(self) -> Shape | None:
         """The condition every layer takes."""
         return self.layers.cond_shape
-
-    @property
-    def exactness(self) -> Exactness:
-        """The exactness of a layer."""
-        return self.layers.exactness
 
     def layer(self, i: int) -> AbstractTransform:
         """The i-th layer on its own."""
@@ -197,18 +167,6 @@ class Repeat(AbstractTransform):
         start = (x, jnp.zeros(batch, x.dtype))
         (x, total), _ = lax.scan(body, start, (dynamic, keys), reverse=direction == "inverse")
         return x, total
-
-    def forward(self, x, condition=None, *, key=None):
-        """All layers in order, with the summed log-det."""
-        return self._run("forward", x, condition, key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """All layers backwards, with the summed log-det."""
-        return self._run("inverse", y, condition, key)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The image alone, by the same scan."""
-        return self._run(direction, x, condition, key, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise layer after layer by one scan, starting at the side where the data stand."""
@@ -243,6 +201,8 @@ def _stack(layers: Sequence[AbstractTransform]) -> AbstractTransform:
     """Stack the arrays of layers that agree in everything else."""
     if not layers:
         raise ShapeError("Repeat needs at least one layer.")
+    for layer in layers:
+        check_transform("Repeat", layer)
     split = [eqx.partition(layer, eqx.is_array) for layer in layers]
     first, static = split[0]
     for i, (arrays, rest) in enumerate(split[1:], start=1):
@@ -280,8 +240,10 @@ def repeat(
     return Repeat(eqx.filter_vmap(make)(inputs))
 
 
-class Independent(AbstractBijection):
+class Independent(AbstractComposite, AbstractOfOne):
     """One bijection applied to each of `size` slices along a new leading event axis.
+
+    The log-dets are summed over the slices.
 
     Args:
         bijection: The map of one slice. With ``stacked`` its arrays carry a leading axis of
@@ -290,10 +252,8 @@ class Independent(AbstractBijection):
         stacked: Whether the parameters are stacked.
     """
 
-    bijection: AbstractTransform
     size: int = eqx.field(static=True)
     stacked: bool = eqx.field(static=True, default=False)
-    batch_last: ClassVar[bool] = True
 
     @property
     def in_shape(self) -> Shape:
@@ -304,11 +264,6 @@ class Independent(AbstractBijection):
     def out_shape(self) -> Shape:
         """``(size, *bijection.out_shape)``."""
         return (self.size, *self.bijection.out_shape)
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """The condition of the bijection, shared by all slices."""
-        return self.bijection.cond_shape
 
     def row_cost(self, direction):
         """That of all slices together."""
@@ -323,25 +278,13 @@ class Independent(AbstractBijection):
                 f"{sorted(sizes)}."
             )
 
-    def _run(self, direction, x, condition, apply=call):
+    def _run(self, direction, x, condition, key, apply=call):
         def one(bijection, x):
             return apply(bijection, direction, x, condition)
 
         axes = (eqx.if_array(0) if self.stacked else None, 0)
         y, log_det = eqx.filter_vmap(one, in_axes=axes)(self.bijection, x)
         return y, log_det.sum(0)
-
-    def forward(self, x, condition=None, *, key=None):
-        """The bijection on every slice; log-dets are summed over slices."""
-        return self._run("forward", x, condition)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """The inverse on every slice; log-dets are summed over slices."""
-        return self._run("inverse", y, condition)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The image of every slice alone."""
-        return self._run(direction, x, condition, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise each slice's own parameters, or shared ones from all slices together."""
@@ -360,7 +303,7 @@ class Independent(AbstractBijection):
         return Independent(inner, self.size, self.stacked)
 
 
-class Stack(AbstractTransform):
+class Stack(AbstractComposite):
     """A map of its own for each slice along a new leading axis: y[i] = f_i(x[i]).
 
         log_det = Σ_i log_det_i
@@ -377,7 +320,6 @@ class Stack(AbstractTransform):
 
     parts: tuple[AbstractTransform, ...]
     cond_shape: Shape | None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, parts: Sequence[AbstractTransform]):
         if not parts:
@@ -417,18 +359,6 @@ class Stack(AbstractTransform):
         images, log_dets = zip(*results, strict=True)
         return jnp.stack(images), jnp.sum(jnp.stack(log_dets), 0)
 
-    def forward(self, x, condition=None, *, key=None):
-        """``f_i(x[i])`` stacked, with the summed log-det."""
-        return self._run("forward", x, condition, key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``f_i⁻¹(y[i])`` stacked, with the summed log-det."""
-        return self._run("inverse", y, condition, key)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The parts' images alone, stacked."""
-        return self._run(direction, x, condition, key, image)[0]
-
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise each part from its slice."""
         return Stack(
@@ -440,32 +370,25 @@ class Stack(AbstractTransform):
         return sum(part.row_cost(direction) for part in self.parts)
 
 
-class Reshape(AbstractBijection):
+class Reshape(AbstractTwoWay, AbstractBijection):
     """Change the event's shape and keep its elements in row-major order; log-det zero."""
 
     in_shape: Shape = eqx.field(static=True)
     out_shape: Shape = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True, default=None)
-    batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
         if math.prod(self.in_shape) != math.prod(self.out_shape):
             raise ShapeError(f"Reshape: {self.in_shape} and {self.out_shape} differ in size.")
 
-    def _run(self, x, old, new):
+    def _run(self, direction, x, condition, key):
+        shapes = self.in_shape, self.out_shape
+        old, new = shapes if direction == "forward" else shapes[::-1]
         batch = x.shape[len(old) :]
         return x.reshape(new + batch), jnp.zeros(batch, x.dtype)
 
-    def forward(self, x, condition=None, *, key=None):
-        """``x`` in ``out_shape``."""
-        return self._run(x, self.in_shape, self.out_shape)
 
-    def inverse(self, y, condition=None, *, key=None):
-        """``y`` in ``in_shape``."""
-        return self._run(y, self.out_shape, self.in_shape)
-
-
-class Permute(AbstractBijection):
+class Permute(AbstractShaped, AbstractTwoWay, AbstractBijection):
     """Reorder the leading axis: y[i] = x[index[i]]; log-det zero.
 
     The index is an integer array, never trained, so that `Repeat` can stack different permutations.
@@ -480,14 +403,10 @@ class Permute(AbstractBijection):
 
     index: Array
     back: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True, default=None)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, index: Array | np.ndarray | Sequence[int], shape: Shape | None = None):
         index = jnp.asarray(index, jnp.int32)
-        self.in_shape = index.shape if shape is None else shape
-        self.cond_shape = None
+        super().__init__(index.shape if shape is None else shape)
         if index.ndim != 1 or index.shape != self.in_shape[:1]:
             raise ShapeError(f"Permute: an index of shape {index.shape} for {self.in_shape}.")
         if not isinstance(index, Tracer) and not np.array_equal(
@@ -497,23 +416,10 @@ class Permute(AbstractBijection):
         self.index = index
         self.back = jnp.argsort(index).astype(jnp.int32)
 
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    def _run(self, x, index):
-        return jnp.take(x, index, axis=0, unique_indices=True, mode="clip"), jnp.zeros(
-            x.shape[len(self.in_shape) :], x.dtype
-        )
-
-    def forward(self, x, condition=None, *, key=None):
-        """``x[index]``."""
-        return self._run(x, self.index)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``y[argsort(index)]``."""
-        return self._run(y, self.back)
+    def _run(self, direction, x, condition, key):
+        index = self.index if direction == "forward" else self.back
+        zero = jnp.zeros(x.shape[len(self.in_shape) :], x.dtype)
+        return jnp.take(x, index, axis=0, unique_indices=True, mode="clip"), zero
 
 
 def reverse(dim: int) -> Permute:
@@ -526,7 +432,7 @@ def random_permutation(dim: int, *, key: PRNGKeyArray) -> Permute:
     return Permute(jr.permutation(key, dim))
 
 
-class Indexed(AbstractBijection):
+class Indexed(AbstractSameShape, AbstractComposite, AbstractOfOne):
     """A bijection of some entries of a vector; the others pass unchanged.
 
     Args:
@@ -535,10 +441,8 @@ class Indexed(AbstractBijection):
         dim: Length of the whole vector.
     """
 
-    bijection: AbstractTransform
     index: Array
     in_shape: Shape = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self, bijection: AbstractTransform, index: Array | Sequence[int] | np.ndarray, dim: int
@@ -559,35 +463,13 @@ class Indexed(AbstractBijection):
         self.index = index
         self.in_shape = (dim,)
 
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """The condition of the bijection."""
-        return self.bijection.cond_shape
-
     def row_cost(self, direction):
         """That of the bijection, beside the whole vector."""
         return max(super().row_cost(direction), self.bijection.row_cost(direction))
 
-    def _run(self, direction, x, condition, apply=call):
+    def _run(self, direction, x, condition, key, apply=call):
         y, log_det = apply(self.bijection, direction, x[self.index], condition)
         return x.at[self.index].set(y), log_det
-
-    def forward(self, x, condition=None, *, key=None):
-        """The bijection on the indexed entries."""
-        return self._run("forward", x, condition)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """The inverse on the indexed entries."""
-        return self._run("inverse", y, condition)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The image alone."""
-        return self._run(direction, x, condition, image)[0]
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the indexed entries on."""

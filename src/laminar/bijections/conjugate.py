@@ -1,19 +1,22 @@
 """One map between another and its inverse."""
 
-from typing import ClassVar
-
 import jax.random as jr
 
 from laminar.bijections.base import (
     AbstractTransform,
+    Exactness,
     Invert,
+    call,
     check_joints,
+    check_transform,
     merge_cond_shapes,
+    weakest,
 )
 from laminar.bijections.compose import Chain
+from laminar.bijections.frames import AbstractComposite, AbstractSameShape
 
 
-class Conjugate(AbstractTransform):
+class Conjugate(AbstractSameShape, AbstractComposite):
     """y = g⁻¹(f(g(x))), with f = `inner` in the coordinates that g = `outer` gives.
 
         log_det = ln |g′(x)| + ln |f′(g(x))| − ln |g′(y)|
@@ -32,9 +35,9 @@ class Conjugate(AbstractTransform):
 
     outer: AbstractTransform
     inner: AbstractTransform
-    batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
+        check_transform("Conjugate", self.outer)
         parts = [self.outer, self.inner, Invert(self.outer)]
         check_joints("Conjugate", parts)
         merge_cond_shapes("Conjugate", parts)
@@ -49,41 +52,27 @@ class Conjugate(AbstractTransform):
         return self.outer.in_shape
 
     @property
-    def out_shape(self):
-        """What `outer` takes."""
-        return self.outer.in_shape
-
-    @property
     def in_space(self):
-        """That of the latents of `outer`."""
+        """That of `outer`."""
         return self.outer.in_space
 
     @property
     def out_space(self):
-        """That of the latents of `outer`."""
+        """That of `outer`."""
         return self.outer.in_space
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weaker of the two."""
+        return weakest((self.outer, self.inner))
 
     @property
     def cond_shape(self):
         """The condition that the parts share."""
         return self.chain().cond_shape
 
-    @property
-    def exactness(self):
-        """The weaker of the two."""
-        return self.chain().exactness
-
-    def forward(self, x, condition=None, *, key=None):
-        """``g⁻¹(f(g(x)))``, with the summed log-det."""
-        return self.chain().forward(x, condition, key=key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``g⁻¹(f⁻¹(g(y)))``, with the summed log-det."""
-        return self.chain().inverse(y, condition, key=key)
-
-    def points(self, direction, x, condition=None, *, key=None):
-        """The image alone."""
-        return self.chain().points(direction, x, condition, key=key)
+    def _run(self, direction, x, condition, key, apply=call):
+        return apply(self.chain(), direction, x, condition, key=key)
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise `outer`, whose input the data are on either side, and `inner` behind it."""

@@ -23,12 +23,14 @@ import jax.random as jr
 import numpy as np
 from jax import lax
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractTransform, Exactness
+from laminar.bijections.base import Exactness
+from laminar.bijections.frames import AbstractSameShape, AbstractTwoWay, as_shape, needed
 from laminar.nn.conv import ConvNet
-from laminar.nn.mlp import MLP, Activation, time_features
+from laminar.nn.mlp import MLP, Activation, joined, time_features
 
 Divergence = Literal["exact", "hutchinson"]
 Probe = Literal["rademacher", "normal"]
@@ -90,7 +92,7 @@ class VelocityField(eqx.Module):
                 f"VelocityField: depth and frequencies must be at least 1; got depth={depth} and "
                 f"frequencies={frequencies}."
             )
-        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.shape = as_shape(shape)
         self.frequencies = frequencies
         enters = 2 * frequencies + cond_dim
         if kernel is None:
@@ -131,12 +133,7 @@ class VelocityField(eqx.Module):
         batch = z.shape[len(self.shape) :]
         features = time_features(t, self.frequencies, 2.0 ** (self.frequencies - 1))
         if condition is not None:
-            if features.ndim != condition.ndim:  # one of them is shared by the batch
-                features, condition = (
-                    jnp.broadcast_to(expand(part, 1 + len(batch)), part.shape[:1] + batch)
-                    for part in (features, condition)
-                )
-            features = jnp.concatenate([features, condition])
+            features = joined(features, condition, batch=batch)
         if isinstance(self.net, ConvNet):
             return self.net(z, features)
         return self.net(z.reshape((math.prod(self.shape), *batch)), features)
@@ -201,7 +198,7 @@ def _as_times(times: int | Sequence[float]) -> tuple[float, ...]:
     return given
 
 
-class Continuous(AbstractTransform):
+class Continuous(AbstractSameShape, AbstractTwoWay):
     r"""The flow of dz/dt = v(t, z, c) from the first of some times to the last.
 
         forward:  y = z(t_K) with z(t_0) = x,    log_det = ∫ tr ∂v/∂z dt
@@ -258,7 +255,6 @@ class Continuous(AbstractTransform):
     adjoint: Adjoint = eqx.field(static=True, default="checkpoint", kw_only=True)
     times: Any = eqx.field(static=True, default=8, kw_only=True, converter=_as_times)
     max_steps: int = eqx.field(static=True, default=4096, kw_only=True)
-    batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
         for name, known in (
@@ -271,10 +267,8 @@ class Continuous(AbstractTransform):
                 raise InputError(
                     f"Continuous: {name} is {getattr(self, name)!r}; choose one of {known}."
                 )
-        for name in ("probes", "fixed_steps", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"Continuous: {name} must be at least 1, not {value}.")
+        sizes = {name: getattr(self, name) for name in ("probes", "fixed_steps", "max_steps")}
+        check_sizes("Continuous", **{name: n for name, n in sizes.items() if n is not None})
         if self.fixed_steps is not None and self.adjoint == "backsolve":
             raise InputError(
                 "Continuous: adjoint='backsolve' is for adaptive steps; leave out fixed_steps, or "
@@ -288,11 +282,6 @@ class Continuous(AbstractTransform):
             )
 
     @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
     def exactness(self) -> Exactness:
         """``"exact"``, up to the solver's error, or ``"unbiased"`` with Hutchinson's estimate."""
         return "exact" if self.divergence == "exact" else "unbiased"
@@ -303,15 +292,9 @@ class Continuous(AbstractTransform):
         first, last = self.times[0], self.times[-1]
         return "Continuous" if (first, last) == (0, 1) else f"Continuous[{first:g}, {last:g}]"
 
-    def forward(self, x, condition=None, *, key=None):
-        """``(z(t_K), ∫ tr ∂v/∂z dt)``."""
-        y, gathered = self._solve("forward", x, condition, key, 1)
+    def _run(self, direction, x, condition, key):
+        y, gathered = self._solve(direction, x, condition, key, 1)
         return y[-1], gathered[-1][0]
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``(z(t_0), −∫ tr ∂v/∂z dt)``."""
-        x, gathered = self._solve("inverse", y, condition, key, 1)
-        return x[-1], gathered[-1][0]
 
     def points(self, direction, x, condition=None, *, key=None):
         """The solution alone, without divergence and so without a key."""
@@ -388,11 +371,7 @@ class Continuous(AbstractTransform):
         keep: bool = False,
     ) -> tuple[list[Array], list[Array]]:
         """The solution at the end, or at all times: points, and the first of the `Energies`."""
-        if self.cond_shape is None:
-            condition = None
-        elif condition is None:
-            raise ShapeError(f"{self.name} needs a condition of shape {self.cond_shape}; got none.")
-        probe = None
+        condition, probe = needed(self, condition), None
         if gather and self.divergence == "hutchinson":
             if key is None:
                 raise InputError(f"{self.name} estimates its log-det, so it needs a key: key=….")

@@ -1,8 +1,8 @@
 """Coupling layers: one part of an event passes, and sets the scalar map of every other entry."""
 
+import abc
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ from laminar._params import expand
 from laminar._typing import Array, Direction, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform, call, check_flat
 from laminar.bijections.elementwise import AbstractElementwise, Affine
+from laminar.bijections.frames import AbstractSameShape, AbstractTwoWay, as_shape, needed
 from laminar.bijections.templates import as_template
 from laminar.nn.conv import ConvNet
 from laminar.nn.mlp import MLP, Activation, Periodic, apply_network
@@ -20,7 +21,39 @@ from laminar.nn.mlp import MLP, Activation, Periodic, apply_network
 _USUAL_WIDTH = 128
 
 
-class Coupling(AbstractBijection):
+class AbstractCoupling(AbstractSameShape, AbstractTwoWay, AbstractBijection):
+    """Scalar maps of entries whose parameters a network finds from other entries.
+
+    Attributes:
+        template: The scalar map, with the parameters of a network that gives zero.
+        net: The network.
+    """
+
+    template: AbstractElementwise
+    net: Callable
+    in_shape: Shape = eqx.field(static=True)
+    cond_shape: Shape | None = eqx.field(static=True)
+
+    @property
+    @abc.abstractmethod
+    def _head_shape(self) -> Shape:
+        """Shape of the parameters, ``(P, …)``."""
+
+    def _theta(self, passed: Array, condition: Array | None) -> Array:
+        """The parameters, ``(P, …, *batch)``."""
+        ndim, cond_ndim = len(self.in_shape), len(self.cond_shape or ())
+        condition = needed(self, condition)
+        head = apply_network(self.net, passed, condition, ndim=ndim, cond_ndim=cond_ndim)
+        head = head.reshape(self._head_shape + passed.shape[ndim:])
+        return expand(self.template.params, head.ndim) + head
+
+    @property
+    def name(self) -> str:
+        """The class with the name of its template."""
+        return f"{type(self).__name__}({self.template.name})"
+
+
+class Coupling(AbstractCoupling):
     r"""Scalar maps of the last entries whose parameters come from the first ones.
 
         y_a = x_a,    y_b = τ(x_b; θ),    θ = template + net(y_a, c),    log_det = Σ_b ln τ′
@@ -57,14 +90,9 @@ class Coupling(AbstractBijection):
             `marginal` gives another shape.
     """
 
-    template: AbstractElementwise
-    net: Callable
     marginal: AbstractTransform | None
     n_identity: int = eqx.field(static=True)
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: Shape | None = eqx.field(static=True)
     keep_volume: bool = eqx.field(static=True, default=False)  # of older files
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -77,7 +105,7 @@ class Coupling(AbstractBijection):
         marginal: AbstractTransform | None = None,
         keep_volume: bool = False,
     ):
-        shape = (dim,) if isinstance(dim, int) else tuple(dim)
+        shape = as_shape(dim)
         if not isinstance(cond_dim, int):
             self.cond_shape = tuple(cond_dim)
         else:
@@ -99,11 +127,6 @@ class Coupling(AbstractBijection):
         check_network("Coupling", net, passed, self.cond_shape, self._head_shape, self.template)
 
     @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
     def _head_shape(self) -> Shape:
         return (
             self.template.params.shape[0],
@@ -120,18 +143,9 @@ class Coupling(AbstractBijection):
         return max(super().row_cost(direction), math.prod(self._head_shape[1:]) * each + hidden)
 
     def _theta(self, passed: Array, condition: Array | None) -> Array:
-        """The parameters, ``(P, D_b, *batch)``."""
-        if self.cond_shape is None:
-            condition = None
-        elif condition is None:
-            raise ShapeError(f"Coupling needs a condition of shape {self.cond_shape}; got none.")
         if isinstance(self.net, MLP) and self.net.out_shape == self._head_shape:
-            return self.net(passed, condition, self.template.params)
-        ndim = len(self.in_shape)
-        cond_ndim = len(self.cond_shape or ())
-        head = apply_network(self.net, passed, condition, ndim=ndim, cond_ndim=cond_ndim)
-        head = head.reshape(self._head_shape + passed.shape[ndim:])
-        return expand(self.template.params, head.ndim) + head
+            return self.net(passed, needed(self, condition), self.template.params)
+        return super()._theta(passed, condition)
 
     def _move(self, direction: Direction, theta: Array, x: Array) -> tuple[Array, Array]:
         """The template of every entry, over the geometric mean of the scales to keep volume."""
@@ -145,27 +159,16 @@ class Coupling(AbstractBijection):
             return kernel(theta, x)[0] * undo, jnp.zeros_like(x)
         return kernel(theta, x * undo)[0], jnp.zeros_like(x)
 
-    def _total(self, log_det: Array, marginal: Array | None) -> Array:
-        total = log_det.sum(tuple(range(len(self.in_shape))))
-        return total if marginal is None else total + marginal
-
-    def forward(self, x, condition=None, *, key=None):
-        """``([marginal(x_a), τ(x_b; θ)], Σ ln τ′)``."""
+    def _run(self, direction, x, condition, key):
         passed, moved = x[: self.n_identity], x[self.n_identity :]
-        marginal = None
+        moved_on, marginal = passed, None
         if self.marginal is not None:
-            passed, marginal = call(self.marginal, "forward", passed, condition)
-        moved, log_det = self._move("forward", self._theta(passed, condition), moved)
-        return jnp.concatenate([passed, moved]), self._total(log_det, marginal)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``([marginal⁻¹(y_a), τ⁻¹(y_b; θ)], −Σ ln τ′)``."""
-        passed, moved = y[: self.n_identity], y[self.n_identity :]
-        moved, log_det = self._move("inverse", self._theta(passed, condition), moved)
-        marginal = None
-        if self.marginal is not None:
-            passed, marginal = call(self.marginal, "inverse", passed, condition)
-        return jnp.concatenate([passed, moved]), self._total(log_det, marginal)
+            moved_on, marginal = call(self.marginal, direction, passed, condition)
+        # The network sees data in either direction.
+        theta = self._theta(moved_on if direction == "forward" else passed, condition)
+        moved, log_det = self._move(direction, theta, moved)
+        total = log_det.sum(tuple(range(len(self.in_shape))))
+        return jnp.concatenate([moved_on, moved]), total if marginal is None else total + marginal
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the first entries on to `marginal`."""
@@ -173,11 +176,6 @@ class Coupling(AbstractBijection):
             return self
         marginal = self.marginal.init_from_data(data[: self.n_identity], condition, side)
         return eqx.tree_at(lambda s: s.marginal, self, marginal)
-
-    @property
-    def name(self) -> str:
-        """The class with the name of its template."""
-        return f"Coupling({self.template.name})"
 
 
 def coupling(

@@ -9,7 +9,6 @@ the density p over the cell. With any density q(u | x) on (0, 1)^D,
 """
 
 import math
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -22,13 +21,14 @@ from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractTransform, Exactness, call
 from laminar.bijections.compose import Chain, Repeat, repeat
 from laminar.bijections.elementwise import Affine, Sigmoid
+from laminar.bijections.frames import AbstractShaped
 from laminar.bijections.masks import checkerboard_mask, conv_coupling
 
 _LARGEST_MARGIN = 0.02
 """Share of a cell at either end that noise may leave out."""
 
 
-class Dequantise(AbstractTransform):
+class Dequantise(AbstractShaped):
     r"""Whole numbers 0, …, K−1 from points of (0, 1): x = ⌊K y⌋ in each entry.
 
         inverse:  y = (x + u) / K with u ~ q(u | x),    log_det = −D ln K − ln q(u | x)
@@ -55,10 +55,7 @@ class Dequantise(AbstractTransform):
     """
 
     noise: AbstractTransform | None
-    in_shape: Shape = eqx.field(static=True)
     levels: int = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, levels: int = 256, noise: AbstractTransform | None = None):
         shape = tuple(shape)
@@ -73,12 +70,8 @@ class Dequantise(AbstractTransform):
                 f"of that shape; {noise.name} is {noise.exactness!r}, maps {noise.in_shape} to "
                 f"{noise.out_shape} and takes {noise.cond_shape}."
             )
-        self.in_shape, self.levels, self.noise, self.cond_shape = shape, levels, noise, None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
+        super().__init__(shape)
+        self.levels, self.noise = levels, noise
 
     @property
     def exactness(self) -> Exactness:

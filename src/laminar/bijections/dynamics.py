@@ -20,7 +20,6 @@ Both gaps close as r becomes the true reverse, for which its parameters are trai
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -30,16 +29,18 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand, positive, positive_inverse
 from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractBijection, AbstractTransform, Exactness
+from laminar.bijections.frames import AbstractSameShape, AbstractTwoWay, needed
 from laminar.nn.mlp import apply_network
 
 Density = Callable[..., Array]
 
 
-class Leapfrog(AbstractBijection):
+class Leapfrog(AbstractSameShape, AbstractTwoWay, AbstractBijection):
     r"""Leapfrog steps of Hamiltonian dynamics on events (z, v) of position and momentum.
 
     One step, with step size ε and masses m (Neal 2011):
@@ -75,7 +76,6 @@ class Leapfrog(AbstractBijection):
     log_tempering: Array | None
     in_shape: Shape = eqx.field(static=True)
     cond_shape: Shape | None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Leapfrog(AbstractBijection):
         cond_dim: int = 0,
         train_density: bool = False,
     ):
-        _check_sizes("Leapfrog", dim=dim, steps=steps)
+        check_sizes("Leapfrog", dim=dim, steps=steps)
         self.raw_step = positive_inverse(_as_values("Leapfrog", "step_size", step_size, (steps,)))
         self.raw_mass = positive_inverse(_as_values("Leapfrog", "mass", mass, (dim,)))
         self.log_tempering = None
@@ -102,16 +102,12 @@ class Leapfrog(AbstractBijection):
         self.log_density = log_density if train_density else Frozen(log_density)
 
     @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
     def mass(self) -> Array:
         """The masses m, ``(D,)``."""
         return positive(self.raw_mass)
 
-    def _run(self, x, condition, backwards):
+    def _run(self, direction, x, condition, key):
+        condition, backwards = needed(self, condition), direction == "inverse"
         dim = self.in_shape[0] // 2
         mass = expand(self.mass, x.ndim)
         sign = -1 if backwards else 1
@@ -136,14 +132,6 @@ class Leapfrog(AbstractBijection):
         values = (positive(self.raw_step), log_scale)
         (z, v, _), _ = lax.scan(step, start, values, reverse=backwards)
         return jnp.concatenate([z, v]), jnp.broadcast_to(sign * total, x.shape[1:])
-
-    def forward(self, x, condition=None, *, key=None):
-        """``((z, v) after all steps, D Σ ln α)``."""
-        return self._run(x, _needed(self, condition), backwards=False)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``((z, v) before all steps, −D Σ ln α)``."""
-        return self._run(y, _needed(self, condition), backwards=True)
 
 
 class ReverseKernel(eqx.Module):
@@ -185,7 +173,7 @@ class ReverseKernel(eqx.Module):
         return mean + scale * move, scale * jnp.exp(log_scale)
 
 
-class Langevin(AbstractTransform):
+class Langevin(AbstractSameShape):
     r"""One step of Langevin dynamics towards p; the log-det is a bound (see the module's text).
 
         q(z' | z) = N(z + ½ ε² ∇ln p(z), ε²)
@@ -212,7 +200,6 @@ class Langevin(AbstractTransform):
     reverse: ReverseKernel
     in_shape: Shape = eqx.field(static=True)
     cond_shape: Shape | None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -224,18 +211,13 @@ class Langevin(AbstractTransform):
         cond_dim: int = 0,
         train_density: bool = False,
     ):
-        _check_sizes("Langevin", dim=dim)
+        check_sizes("Langevin", dim=dim)
         self.raw_step = positive_inverse(_as_values("Langevin", "step_size", step_size, (dim,)))
         self.reverse = ReverseKernel(dim, net)
         self.in_shape = (dim,)
         self.cond_shape = (cond_dim,) if cond_dim else None
         _check_density("Langevin", log_density, dim, cond_dim, self.raw_step.dtype)
         self.log_density = log_density if train_density else Frozen(log_density)
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     @property
     def exactness(self) -> Exactness:
@@ -255,7 +237,7 @@ class Langevin(AbstractTransform):
 
     def forward(self, x, condition=None, *, key=None):
         """``(z', ln r(z | z') − ln q(z' | z))`` for a draw z'."""
-        condition, noise = _needed(self, condition), _noise(self, key, x)
+        condition, noise = needed(self, condition), _noise(self, key, x)
         mean, scale, _ = self._step(x, condition)
         y = mean + scale * noise
         log_det = _log_normal(x, *self._back(y, condition)) - _log_standard(noise, scale)
@@ -263,14 +245,14 @@ class Langevin(AbstractTransform):
 
     def inverse(self, y, condition=None, *, key=None):
         """``(z, ln q(z' | z) − ln r(z | z'))`` for a draw z."""
-        condition, noise = _needed(self, condition), _noise(self, key, y)
+        condition, noise = needed(self, condition), _noise(self, key, y)
         mean, scale = self._back(y, condition)
         x = mean + scale * noise
         log_det = _log_normal(y, *self._step(x, condition)[:2]) - _log_standard(noise, scale)
         return x, log_det
 
 
-class Hamiltonian(AbstractTransform):
+class Hamiltonian(AbstractSameShape):
     r"""Hamiltonian dynamics with a momentum of its own; the log-det is a bound (see the module).
 
         v ~ N(0, m),    (z', v') = leapfrog(z, v),
@@ -299,7 +281,6 @@ class Hamiltonian(AbstractTransform):
 
     leapfrog: Leapfrog
     reverse: ReverseKernel
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -332,11 +313,6 @@ class Hamiltonian(AbstractTransform):
         return (self.leapfrog.in_shape[0] // 2,)
 
     @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
     def cond_shape(self) -> Shape | None:
         """The condition of the log-density."""
         return self.leapfrog.cond_shape
@@ -361,7 +337,7 @@ class Hamiltonian(AbstractTransform):
 
     def forward(self, x, condition=None, *, key=None):
         """``(z', log_det)`` for a drawn momentum v."""
-        condition, noise = _needed(self, condition), _noise(self, key, x)
+        condition, noise = needed(self, condition), _noise(self, key, x)
         scale = self._spread(x)
         moved, log_det = self.leapfrog.forward(jnp.concatenate([x, scale * noise]), condition)
         y, momentum = jnp.split(moved, 2)
@@ -370,7 +346,7 @@ class Hamiltonian(AbstractTransform):
 
     def inverse(self, y, condition=None, *, key=None):
         """``(z, −log_det)`` for a drawn momentum v'."""
-        condition, noise = _needed(self, condition), _noise(self, key, y)
+        condition, noise = needed(self, condition), _noise(self, key, y)
         mean, scale = self._back(y, condition)
         start = jnp.concatenate([y, mean + scale * noise])
         moved, log_det = self.leapfrog.inverse(start, condition)
@@ -401,22 +377,6 @@ def _noise(transform: AbstractTransform, key: PRNGKeyArray | None, x: Array) -> 
     if key is None:
         raise InputError(f"{transform.name} draws, so it needs a random key: key=….")
     return jr.normal(key, x.shape, x.dtype)
-
-
-def _needed(transform: AbstractTransform, condition: Array | None) -> Array | None:
-    if transform.cond_shape is None:
-        return None
-    if condition is None:
-        raise ShapeError(
-            f"{transform.name} needs a condition of shape {transform.cond_shape}; got none."
-        )
-    return condition
-
-
-def _check_sizes(owner: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
 
 
 def _as_values(owner: str, name: str, value: ArrayLike, shape: Shape) -> Array:

@@ -11,7 +11,7 @@ arguments are clipped before the arithmetic, so gradients are finite everywhere.
 
 import abc
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -20,15 +20,30 @@ import numpy as np
 from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
-from laminar._params import bounded, expand, positive, positive_inverse
+from laminar._floats import (
+    clamped_exp,
+    clamped_sinh,
+    clip_positive,
+    epsneg,
+    finite,
+    largest,
+    log_cosh,
+    log_sech2,
+    log_tiny,
+    not_positive,
+    tiny,
+    unless,
+)
+from laminar._params import bounded, expand, positive, positive_inverse, reciprocal
 from laminar._typing import Array, ArrayLike, Shape
 from laminar.bijections.base import AbstractBijection, Invert
+from laminar.bijections.frames import AbstractSameShape, AbstractUnconditional
 
-_LOG_TWO = math.log(2.0)
 
-
-class AbstractElementwise(AbstractBijection):
+class AbstractElementwise(AbstractSameShape, AbstractUnconditional, AbstractBijection):
     """A monotone increasing scalar map, applied to every element of the event.
+
+    It takes no condition: scalar maps are conditioned by computing their parameters.
 
     Attributes:
         params: Unconstrained parameters, ``(P, *in_shape)``: the parameter axis comes first, and P
@@ -40,18 +55,6 @@ class AbstractElementwise(AbstractBijection):
         params: Array = eqx.field(init=False)
     else:
         params: eqx.AbstractVar[Array]
-
-    batch_last: ClassVar[bool] = True
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
-    def cond_shape(self) -> None:
-        """None: scalar maps are conditioned by computing their parameters."""
-        return None
 
     def row_cost(self, direction):
         """That of the parameters, which a batch may carry, and of what a kernel computes."""
@@ -86,7 +89,25 @@ class AbstractElementwise(AbstractBijection):
         return self._apply(self.inverse_kernel, y)
 
 
-class Affine(AbstractElementwise):
+class AbstractParametric(AbstractElementwise):
+    """A scalar map that keeps its parameters as one array, as all do but those that compute it."""
+
+    params: Array
+    in_shape: Shape = eqx.field(static=True)
+
+
+class AbstractFixed(AbstractParametric):
+    """A scalar map without parameters.
+
+    Args:
+        shape: Event shape.
+    """
+
+    def __init__(self, shape: Shape = ()):
+        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+
+
+class Affine(AbstractParametric):
     r"""Shift and scale: y = scale · x + loc, with log-det ln scale.
 
     Two parameters, ``(loc, raw)``. By default scale = softplus(raw + ln(e − 1)), which grows only
@@ -104,8 +125,6 @@ class Affine(AbstractElementwise):
         ShapeError: If the shapes cannot be broadcast.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     max_log_scale: float | None = eqx.field(static=True)
 
     def __init__(
@@ -116,8 +135,8 @@ class Affine(AbstractElementwise):
         shape: Shape | None = None,
         max_log_scale: float | None = None,
     ):
-        loc, scale = _as_float(loc), _as_float(scale)
-        shape = _event_shape("Affine", shape, loc=loc, scale=scale)
+        loc, scale = as_float(loc), as_float(scale)
+        shape = event_shape("Affine", shape, loc=loc, scale=scale)
         if max_log_scale is not None and not max_log_scale > 0:
             raise InputError(f"Affine: max_log_scale must be positive, not {max_log_scale}.")
         if not isinstance(scale, Tracer):
@@ -160,13 +179,13 @@ class Affine(AbstractElementwise):
         loc, raw = params
         log_scale = self._log_scale(raw)
         if self.max_log_scale is None:
-            x = (y - loc) / positive(raw)
+            x = (y - loc) * reciprocal(raw)
         else:
             x = (y - loc) * jnp.exp(-log_scale)
         return x, jnp.broadcast_to(-log_scale, y.shape)
 
 
-class Shift(AbstractElementwise):
+class Shift(AbstractParametric):
     """y = x + loc, with log-det zero: the additive map of NICE (Dinh et al. 2014).
 
     Args:
@@ -174,12 +193,9 @@ class Shift(AbstractElementwise):
         shape: Event shape, by default that of `loc`.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, loc: ArrayLike = 0.0, *, shape: Shape | None = None):
-        loc = _as_float(loc)
-        self.in_shape = _event_shape("Shift", shape, loc=loc)
+        loc = as_float(loc)
+        self.in_shape = event_shape("Shift", shape, loc=loc)
         self.params = jnp.broadcast_to(loc, self.in_shape)[None]
 
     def forward_kernel(self, params, x):
@@ -191,74 +207,66 @@ class Shift(AbstractElementwise):
         return y - params[0], jnp.zeros_like(y)
 
 
-class Exp(AbstractElementwise):
+class Exp(AbstractFixed):
     """y = exp x, from ℝ to (0, ∞), with log-det x.
 
     Values that would underflow or overflow are clamped to the smallest and largest normal number.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
+    # A type checker knows no constructor that is inherited.
     def __init__(self, shape: Shape = ()):
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
 
     def forward_kernel(self, params, x):
         """``(exp x, x)``."""
-        return _clamped_exp(x), _unless(jnp.isinf(x), x)
+        return clamped_exp(x), unless(jnp.isinf(x), x)
 
     def inverse_kernel(self, params, y):
         """``(ln y, −ln y)``; −inf for y ≤ 0."""
-        x = jnp.log(_clip_positive(y))
-        return x, _unless(_not_positive(y), -x)
+        x = jnp.log(clip_positive(y))
+        return x, unless(not_positive(y), -x)
 
 
-class Softplus(AbstractElementwise):
+class Softplus(AbstractFixed):
     """y = ln(1 + exp x), from ℝ to (0, ∞), with log-det ln σ(x)."""
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, shape: Shape = ()):
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
 
     def forward_kernel(self, params, x):
         """``(softplus x, ln σ(x))``."""
-        y = jax.nn.softplus(jnp.clip(x, _log_tiny(x), _largest(x)))
-        return jnp.maximum(y, _tiny(x)), _unless(jnp.isinf(x), -jax.nn.softplus(-_finite(x)))
+        y = jax.nn.softplus(jnp.clip(x, log_tiny(x), largest(x)))
+        return jnp.maximum(y, tiny(x)), unless(jnp.isinf(x), -jax.nn.softplus(-finite(x)))
 
     def inverse_kernel(self, params, y):
         """``(y + ln(1 − e^{−y}), −ln(1 − e^{−y}))``; −inf for y ≤ 0."""
-        safe = _clip_positive(y)
+        safe = clip_positive(y)
         log_slope = jnp.log(-jnp.expm1(-safe))
-        return safe + log_slope, _unless(_not_positive(y), -log_slope)
+        return safe + log_slope, unless(not_positive(y), -log_slope)
 
 
-class Sigmoid(AbstractElementwise):
+class Sigmoid(AbstractFixed):
     """y = 1 / (1 + e^{−x}), from ℝ to (0, 1), with log-det ln σ(x) + ln σ(−x).
 
     Where y would round to 0 or 1 it is clamped to the nearest number inside. For another interval,
     follow it by `Affine`; for the map from (0, 1) to ℝ use `logit`.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, shape: Shape = ()):
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
 
     def forward_kernel(self, params, x):
         """``(σ(x), ln σ(x) + ln σ(−x))``."""
-        safe = _finite(x)
-        y = jnp.clip(jax.nn.sigmoid(safe), _tiny(x), 1 - _epsneg(x))
+        safe = finite(x)
+        y = jnp.clip(jax.nn.sigmoid(safe), tiny(x), 1 - epsneg(x))
         log_det = -jax.nn.softplus(safe) - jax.nn.softplus(-safe)
-        return y, _unless(jnp.isinf(x), log_det)
+        return y, unless(jnp.isinf(x), log_det)
 
     def inverse_kernel(self, params, y):
         """``(ln y − ln(1 − y), −ln y − ln(1 − y))``; −inf outside (0, 1)."""
-        safe = jnp.clip(y, _tiny(y), 1 - _epsneg(y))
+        safe = jnp.clip(y, tiny(y), 1 - epsneg(y))
         left, right = jnp.log(safe), jnp.log1p(-safe)
-        return left - right, _unless((y <= 0) | (y >= 1), -left - right)
+        return left - right, unless((y <= 0) | (y >= 1), -left - right)
 
 
 def logit(shape: Shape = ()) -> Invert:
@@ -266,29 +274,26 @@ def logit(shape: Shape = ()) -> Invert:
     return Invert(Sigmoid(shape))
 
 
-class Tanh(AbstractElementwise):
+class Tanh(AbstractFixed):
     """y = tanh x, from ℝ to (−1, 1), with log-det 2 (ln 2 − x − softplus(−2x))."""
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, shape: Shape = ()):
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
 
     def forward_kernel(self, params, x):
         """``(tanh x, ln(1 − tanh² x))``."""
-        edge = 1 - _epsneg(x)
-        return jnp.clip(jnp.tanh(x), -edge, edge), _unless(jnp.isinf(x), _log_sech2(_finite(x)))
+        edge = 1 - epsneg(x)
+        return jnp.clip(jnp.tanh(x), -edge, edge), unless(jnp.isinf(x), log_sech2(finite(x)))
 
     def inverse_kernel(self, params, y):
         """``(artanh y, −ln(1 − y²))``; −inf outside (−1, 1)."""
-        edge = 1 - _epsneg(y)
+        edge = 1 - epsneg(y)
         safe = jnp.clip(y, -edge, edge)
         left, right = jnp.log1p(safe), jnp.log1p(-safe)
-        return 0.5 * (left - right), _unless(jnp.abs(y) >= 1, -left - right)
+        return 0.5 * (left - right), unless(jnp.abs(y) >= 1, -left - right)
 
 
-class LeakyTanh(AbstractElementwise):
+class LeakyTanh(AbstractFixed):
     """tanh within ±bound and its tangent line beyond: ℝ to ℝ, continuous with its derivative.
 
     A squashing map whose inverse never saturates. It has no parameters; zero maps to zero with
@@ -303,21 +308,19 @@ class LeakyTanh(AbstractElementwise):
         InputError: If the bound is not in (0, 4].
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     bound: float = eqx.field(static=True)
 
     def __init__(self, shape: Shape = (), *, bound: float = 3.0):
         if not 0 < bound <= 4:
             raise InputError(f"LeakyTanh: bound must lie in (0, 4], not {bound}.")
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
         self.bound = float(bound)
 
     def forward_kernel(self, params, x):
         """``(tanh c + slope · (x − c), ln(1 − tanh² c))`` with c = x clipped to ±bound."""
         near = jnp.clip(x, -self.bound, self.bound)
         slope = 1 / math.cosh(self.bound) ** 2
-        return jnp.tanh(near) + slope * (x - near), _log_sech2(near)
+        return jnp.tanh(near) + slope * (x - near), log_sech2(near)
 
     def inverse_kernel(self, params, y):
         """The inverse of the same two pieces."""
@@ -327,8 +330,25 @@ class LeakyTanh(AbstractElementwise):
         return 0.5 * (left - right) + steepness * (y - near), -left - right
 
 
-class Power(AbstractElementwise):
-    """y = x^a, from (0, ∞) to (0, ∞), with log-det ln a + (a − 1) ln x.
+class AbstractPower(AbstractParametric):
+    """A power a > 0, whose inverse is the power 1/a."""
+
+    @abc.abstractmethod
+    def _run(self, exponent: Array, log_exponent: Array, x: Array) -> tuple[Array, Array]:
+        """The power of each element, and its log-derivative."""
+
+    def forward_kernel(self, params, x):
+        """The power a, and its log-derivative."""
+        exponent = positive(params[0])
+        return self._run(exponent, jnp.log(exponent), x)
+
+    def inverse_kernel(self, params, y):
+        """The power 1/a, and its log-derivative."""
+        return self._run(reciprocal(params[0]), -jnp.log(positive(params[0])), y)
+
+
+class Power(AbstractPower):
+    """y = x^a, from (0, ∞) to (0, ∞), with log-det ln a + (a − 1) ln x, and −inf for x ≤ 0.
 
     One parameter; a = softplus(raw + ln(e − 1)), so zero means a = 1, the identity.
 
@@ -341,30 +361,14 @@ class Power(AbstractElementwise):
         ShapeError: If shapes cannot be broadcast.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, exponent: ArrayLike = 1.0, *, shape: Shape | None = None):
         self.params, self.in_shape = _one_positive("Power", shape, exponent=exponent)
 
-    @staticmethod
-    def _run(exponent, log_exponent, x):
-        log_x = jnp.log(_clip_positive(x))
-        log_det = log_exponent + (exponent - 1) * log_x
-        return _clamped_exp(exponent * log_x), _unless(_not_positive(x), log_det)
-
-    def forward_kernel(self, params, x):
-        """``(x^a, ln a + (a − 1) ln x)``; −inf for x ≤ 0."""
-        exponent = positive(params[0])
-        return self._run(exponent, jnp.log(exponent), x)
-
-    def inverse_kernel(self, params, y):
-        """``(y^{1/a}, −ln a + (1/a − 1) ln y)``; −inf for y ≤ 0."""
-        exponent = positive(params[0])
-        return self._run(1 / exponent, -jnp.log(exponent), y)
+    def _run(self, exponent, log_exponent, x):
+        return _power(exponent, log_exponent, x)
 
 
-class SignedPower(AbstractElementwise):
+class SignedPower(AbstractPower):
     """y = sign(x) |x|^a, from ℝ to ℝ, with log-det ln a + (a − 1) ln |x|.
 
     One parameter as in `Power`; zero means the identity. At zero itself the derivative is 0 for
@@ -379,32 +383,18 @@ class SignedPower(AbstractElementwise):
         ShapeError: If shapes cannot be broadcast.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, exponent: ArrayLike = 1.0, *, shape: Shape | None = None):
         self.params, self.in_shape = _one_positive("SignedPower", shape, exponent=exponent)
 
-    @staticmethod
-    def _run(exponent, log_exponent, x):
-        size, log_det = Power._run(exponent, log_exponent, jnp.abs(x))
+    def _run(self, exponent, log_exponent, x):
+        size, log_det = _power(exponent, log_exponent, jnp.abs(x))
         at_zero = jnp.where(exponent == 1, 0.0, jnp.where(exponent > 1, -jnp.inf, jnp.inf))
         # At zero too the identity has a slope of one; the others' are 0, and ∞ without a gradient.
         y = jnp.where((x == 0) & (exponent == 1), x, jnp.sign(x) * size)
         return y, jnp.where(x == 0, at_zero.astype(x.dtype), log_det)
 
-    def forward_kernel(self, params, x):
-        """``(sign(x) |x|^a, ln a + (a − 1) ln |x|)``."""
-        exponent = positive(params[0])
-        return self._run(exponent, jnp.log(exponent), x)
 
-    def inverse_kernel(self, params, y):
-        """``(sign(y) |y|^{1/a}, −ln a + (1/a − 1) ln |y|)``."""
-        exponent = positive(params[0])
-        return self._run(1 / exponent, -jnp.log(exponent), y)
-
-
-class LeakyReLU(AbstractElementwise):
+class LeakyReLU(AbstractParametric):
     """y = x above zero and a · x below, with log-det ln a below zero (He et al. 2015).
 
     One parameter; a = softplus(raw + ln(e − 1)), so zero means a = 1, the identity. At zero itself
@@ -419,9 +409,6 @@ class LeakyReLU(AbstractElementwise):
         ShapeError: If shapes cannot be broadcast.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, slope: ArrayLike = 0.1, *, shape: Shape | None = None):
         self.params, self.in_shape = _one_positive("LeakyReLU", shape, slope=slope)
 
@@ -432,11 +419,11 @@ class LeakyReLU(AbstractElementwise):
 
     def inverse_kernel(self, params, y):
         """``(y, 0)``, and ``(y / a, −ln a)`` below zero."""
-        slope = positive(params[0])
-        return jnp.where(y < 0, y / slope, y), jnp.where(y < 0, -jnp.log(slope), 0.0)
+        log_slope = jnp.log(positive(params[0]))
+        return jnp.where(y < 0, y * reciprocal(params[0]), y), jnp.where(y < 0, -log_slope, 0.0)
 
 
-class SinhArcsinh(AbstractElementwise):
+class SinhArcsinh(AbstractParametric):
     """y = sinh(t · (arsinh x + s)): skewness s and tail weight t (Jones & Pewsey 2009).
 
     Two parameters, ``(s, raw)`` with t = softplus(raw + ln(e − 1)) > 0; heavier tails for t > 1.
@@ -452,34 +439,39 @@ class SinhArcsinh(AbstractElementwise):
         ShapeError: If shapes cannot be broadcast.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(self, skew: ArrayLike = 0.0, tail: ArrayLike = 1.0, *, shape: Shape | None = None):
-        skew, tail = _as_float(skew), _as_float(tail)
+        skew, tail = as_float(skew), as_float(tail)
         if not isinstance(tail, Tracer) and not bool((tail > 0).all()):
             raise InputError("SinhArcsinh: every tail weight must be greater than zero.")
         raw = jnp.where(tail == 1, jnp.zeros_like(tail), positive_inverse(tail))
-        shape = _event_shape("SinhArcsinh", shape, skew=skew, tail=tail)
+        shape = event_shape("SinhArcsinh", shape, skew=skew, tail=tail)
         self.in_shape = shape
         self.params = jnp.stack([jnp.broadcast_to(v, shape) for v in (skew, raw)])
 
     def forward_kernel(self, params, x):
         """``(sinh u, ln t + ln cosh u − ln cosh v)`` with v = arsinh x and u = t · (v + s)."""
         skew, tail = params[0], positive(params[1])
-        v = jnp.arcsinh(_finite(x))
+        v = jnp.arcsinh(finite(x))
         u = tail * (v + skew)
-        return _clamped_sinh(u), _unless(jnp.isinf(x), jnp.log(tail) + _log_cosh(u) - _log_cosh(v))
+        return clamped_sinh(u), unless(jnp.isinf(x), jnp.log(tail) + log_cosh(u) - log_cosh(v))
 
     def inverse_kernel(self, params, y):
         """``(sinh u, −ln t + ln cosh u − ln cosh v)`` with v = arsinh y and u = v / t − s."""
         skew, tail = params[0], positive(params[1])
-        v = jnp.arcsinh(_finite(y))
-        u = v / tail - skew
-        return _clamped_sinh(u), _unless(jnp.isinf(y), _log_cosh(u) - _log_cosh(v) - jnp.log(tail))
+        v = jnp.arcsinh(finite(y))
+        u = v * reciprocal(params[1]) - skew
+        return clamped_sinh(u), unless(jnp.isinf(y), log_cosh(u) - log_cosh(v) - jnp.log(tail))
 
 
-def _as_float(value: ArrayLike) -> Array:
+def _power(exponent: Array, log_exponent: Array, x: Array) -> tuple[Array, Array]:
+    """The power of positive numbers and its log-derivative; −inf for others."""
+    log_x = jnp.log(clip_positive(x))
+    log_det = log_exponent + (exponent - 1) * log_x
+    return clamped_exp(exponent * log_x), unless(not_positive(x), log_det)
+
+
+def as_float(value: ArrayLike) -> Array:
+    """Numbers as an array of a floating type that is not weak."""
     value = jnp.asarray(value)
     # The type is given too, as that of a Python number would be weak.
     return value.astype(value.dtype if jnp.issubdtype(value.dtype, jnp.inexact) else float)
@@ -488,15 +480,15 @@ def _as_float(value: ArrayLike) -> Array:
 def _one_positive(owner: str, shape: Shape | None, **given: ArrayLike) -> tuple[Array, Shape]:
     """The parameters and the event shape of a map with one positive number."""
     ((name, value),) = given.items()
-    value = _as_float(value)
+    value = as_float(value)
     if not isinstance(value, Tracer) and not bool((value > 0).all()):
         raise InputError(f"{owner}: every {name} must be greater than zero.")
     raw = jnp.where(value == 1, jnp.zeros_like(value), positive_inverse(value))
-    shape = _event_shape(owner, shape, **{name: value})
+    shape = event_shape(owner, shape, **{name: value})
     return jnp.broadcast_to(raw, shape)[None], shape
 
 
-def _event_shape(owner: str, shape: Shape | None, **values: Array) -> Shape:
+def event_shape(owner: str, shape: Shape | None, **values: Array) -> Shape:
     """The event shape asked for, or that of the arguments broadcast together."""
     shapes = {name: value.shape for name, value in values.items()}
     try:
@@ -508,57 +500,3 @@ def _event_shape(owner: str, shape: Shape | None, **values: Array) -> Shape:
         event = "" if shape is None else f" to the event shape {tuple(shape)}"
         raise ShapeError(f"{owner}: {given} cannot be broadcast{event or ' together'}.")
     return joint
-
-
-def _tiny(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).tiny)
-
-
-def _log_tiny(x: Array) -> float:
-    return math.log(_tiny(x))
-
-
-def _largest(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).max)
-
-
-def _epsneg(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).epsneg)
-
-
-def _finite(x: Array) -> Array:
-    return jnp.clip(x, -_largest(x), _largest(x))
-
-
-def _clip_positive(x: Array) -> Array:
-    return jnp.clip(x, _tiny(x), _largest(x))
-
-
-def _not_positive(x: Array) -> Array:
-    """Outside (0, ∞); False for NaN, which must stay NaN."""
-    return (x <= 0) | (x == jnp.inf)
-
-
-def _unless(outside: Array, log_det: Array) -> Array:
-    return jnp.where(outside, -jnp.inf, log_det)
-
-
-def _clamped_exp(x: Array) -> Array:
-    """The exponential within the normal numbers, a hair below the largest."""
-    return jnp.exp(jnp.clip(x, _log_tiny(x) + 1e-4, math.log(_largest(x)) - 1e-4))
-
-
-def _clamped_sinh(u: Array) -> Array:
-    """The hyperbolic sine without overflow; half the largest number is far enough out."""
-    edge = math.log(_largest(u)) - 1
-    return jnp.sinh(jnp.clip(u, -edge, edge))
-
-
-def _log_cosh(u: Array) -> Array:
-    """The logarithm of cosh u, smooth at zero and free of overflow."""
-    return u + jax.nn.softplus(-2 * u) - _LOG_TWO
-
-
-def _log_sech2(x: Array) -> Array:
-    """The logarithm of 1 − tanh² x."""
-    return -2 * _log_cosh(x)

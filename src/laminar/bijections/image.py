@@ -25,6 +25,12 @@ from laminar.bijections.base import (
     check_flat,
 )
 from laminar.bijections.compose import Chain, Reshape
+from laminar.bijections.frames import (
+    AbstractOfOne,
+    AbstractSameShape,
+    AbstractShaped,
+    AbstractTwoWay,
+)
 from laminar.bijections.linear import LU
 
 
@@ -111,7 +117,7 @@ class Haar(AbstractBijection):
         return x, jnp.zeros(y.shape[rank + 1 :], y.dtype)
 
 
-class Positionwise(AbstractBijection):
+class Positionwise(AbstractOfOne):
     """One bijection at every position: events ``(*bijection.in_shape, *space)``.
 
     The log-dets are summed over the positions. All share the parameters and the condition.
@@ -124,9 +130,7 @@ class Positionwise(AbstractBijection):
         ShapeError: If the bijection is not exact, or one of a manifold.
     """
 
-    bijection: AbstractTransform
     space: Shape = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
         check_flat("Positionwise", self.bijection)
@@ -140,11 +144,6 @@ class Positionwise(AbstractBijection):
     def out_shape(self) -> Shape:
         """``(*bijection.out_shape, *space)``."""
         return self.bijection.out_shape + self.space
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """The condition of the bijection, shared by all positions."""
-        return self.bijection.cond_shape
 
     @property
     def name(self) -> str:
@@ -164,18 +163,10 @@ class Positionwise(AbstractBijection):
         condition = condition.reshape((*event, *(1,) * len(self.space), *batch))
         return jnp.broadcast_to(condition, (*event, *self.space, *batch))
 
-    def _run(self, direction, x, condition):
+    def _run(self, direction, x, condition, key):
         # Positions are a batch to the bijection.
         y, log_det = call(self.bijection, direction, x, self._at_positions(condition))
         return y, log_det.sum(tuple(range(len(self.space))))
-
-    def forward(self, x, condition=None, *, key=None):
-        """The bijection at every position."""
-        return self._run("forward", x, condition)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """The inverse at every position."""
-        return self._run("inverse", y, condition)
 
     def init_from_data(self, data, condition=None, side="out"):
         """Initialise the bijection from all positions together."""
@@ -200,7 +191,7 @@ def conv1x1(shape: Shape, *, key: PRNGKeyArray | None = None, bias: bool = False
     return Positionwise(LU(shape[0], key=key, bias=bias), tuple(shape[1:]))
 
 
-class PeriodicConv(AbstractBijection):
+class PeriodicConv(AbstractShaped, AbstractBijection):
     r"""A convolution with the edges joined, inverted in Fourier space (Hoogeboom et al. 2019).
 
         y[o, p] = b[o] + Σ_{i, q} W[o, i, q] x[i, (p + q) mod space],   ŷ(k) = Ŵ(k) x̂(k)
@@ -223,9 +214,6 @@ class PeriodicConv(AbstractBijection):
 
     raw: Array
     shift: Array | None
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, kernel: int | Shape = 3, *, bias: bool = True):
         shape = tuple(shape)
@@ -241,12 +229,7 @@ class PeriodicConv(AbstractBijection):
             )
         self.raw = jnp.zeros((shape[0], shape[0], *kernel))
         self.shift = jnp.zeros(shape[:1]) if bias else None
-        self.in_shape, self.cond_shape = shape, None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
+        super().__init__(shape)
 
     @property
     def weight(self) -> Array:
@@ -303,7 +286,7 @@ class PeriodicConv(AbstractBijection):
         return x, -self._log_det(spectrum, y)
 
 
-class Leading(AbstractTransform):
+class Leading(AbstractSameShape, AbstractTwoWay):
     """A transform of the first entries of a vector, taken in its own shape; the others pass.
 
     Args:
@@ -316,7 +299,6 @@ class Leading(AbstractTransform):
 
     transform: AbstractTransform
     dim: int = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
         check_flat("Leading", self.transform, exact=False)
@@ -329,11 +311,6 @@ class Leading(AbstractTransform):
 
     @property
     def in_shape(self) -> Shape:
-        """``(dim,)``."""
-        return (self.dim,)
-
-    @property
-    def out_shape(self) -> Shape:
         """``(dim,)``."""
         return (self.dim,)
 
@@ -363,14 +340,6 @@ class Leading(AbstractTransform):
             self.transform, direction, x[:n].reshape(shape + batch), condition, key=key
         )
         return jnp.concatenate([y.reshape((n, *batch)), x[n:]]), log_det
-
-    def forward(self, x, condition=None, *, key=None):
-        """The transform of the first entries."""
-        return self._run("forward", x, condition, key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """The inverse of the first entries."""
-        return self._run("inverse", y, condition, key)
 
     def init_from_data(self, data, condition=None, side="out"):
         """Pass the first entries on."""

@@ -7,22 +7,23 @@ a permutation, `Matrix` as a rotation, and `DCT`, which is not trained, is what 
 """
 
 import math
-from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jax.scipy.fft import dct, idct
-from jax.scipy.linalg import lu_factor, lu_solve, solve_triangular
+from jax.scipy.linalg import lu_factor, lu_solve
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
 from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar.bijections._matrices import add, fill, product, solve, subtract, take
 from laminar.bijections.base import AbstractBijection
+from laminar.bijections.frames import AbstractShaped, AbstractTwoWay, AbstractVectorMap
 
 
-class Triangular(AbstractBijection):
+class Triangular(AbstractVectorMap):
     r"""y = T x + b with a triangular matrix T of positive diagonal.
 
         log_det = Σ_i ln T_ii
@@ -39,23 +40,13 @@ class Triangular(AbstractBijection):
 
     raw: Array
     shift: Array | None
-    in_shape: Shape = eqx.field(static=True)
     lower: bool = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, lower: bool = True, bias: bool = True):
-        _check_dim("Triangular", dim)
+        super().__init__(dim)
         self.raw = jnp.zeros((dim, dim))
         self.shift = jnp.zeros((dim,)) if bias else None
-        self.in_shape = (dim,)
         self.lower = lower
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     @property
     def matrix(self) -> Array:
@@ -65,16 +56,16 @@ class Triangular(AbstractBijection):
 
     def forward(self, x, condition=None, *, key=None):
         """``(T x + b, Σ ln T_ii)``."""
-        y = _add(_product(self.matrix, x), self.shift)
-        return y, _fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
+        y = add(product(self.matrix, x), self.shift)
+        return y, fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(T⁻¹ (y − b), −Σ ln T_ii)``."""
-        x = _solve(self.matrix, _subtract(y, self.shift), lower=self.lower)
-        return x, _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
+        x = solve(self.matrix, subtract(y, self.shift), lower=self.lower)
+        return x, fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
 
 
-class LU(AbstractBijection):
+class LU(AbstractVectorMap):
     r"""y = P L U x + b: any invertible matrix up to the signs of its pivots.
 
     L is lower triangular with unit diagonal, U upper triangular with positive diagonal, and P a
@@ -96,24 +87,14 @@ class LU(AbstractBijection):
     shift: Array | None
     index: Array
     back: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, key: PRNGKeyArray | None = None, bias: bool = True):
-        _check_dim("LU", dim)
+        super().__init__(dim)
         self.raw = jnp.zeros((dim, dim))
         self.shift = jnp.zeros((dim,)) if bias else None
         index = jnp.arange(dim) if key is None else jr.permutation(key, dim)
         self.index = index.astype(jnp.int32)
         self.back = jnp.argsort(index).astype(jnp.int32)
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def _factors(self) -> tuple[Array, Array]:
         return _lu_factors(self.raw)
@@ -122,24 +103,24 @@ class LU(AbstractBijection):
     def matrix(self) -> Array:
         """P L U, of shape (D, D)."""
         lower, upper = self._factors()
-        return _product(lower, upper)[self.index]
+        return product(lower, upper)[self.index]
 
     def forward(self, x, condition=None, *, key=None):
         """``(P L U x + b, Σ ln U_ii)``."""
         lower, upper = self._factors()
-        y = _take(_product(lower, _product(upper, x)), self.index)
-        return _add(y, self.shift), _fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
+        y = take(product(lower, product(upper, x)), self.index)
+        return add(y, self.shift), fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(U⁻¹ L⁻¹ Pᵀ (y − b), −Σ ln U_ii)``."""
         lower, upper = self._factors()
-        x = _take(_subtract(y, self.shift), self.back)
-        x = _solve(lower, x, lower=True, unit=True)
-        x = _solve(upper, x, lower=False)
-        return x, _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
+        x = take(subtract(y, self.shift), self.back)
+        x = solve(lower, x, lower=True, unit=True)
+        x = solve(upper, x, lower=False)
+        return x, fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
 
 
-class Householder(AbstractBijection):
+class Householder(AbstractVectorMap):
     r"""y = H_1 H_2 … H_K x, an orthogonal map as a product of reflections; log-det zero.
 
     H_k = I − 2 v_k v_kᵀ / |v_k|² (Tomczak & Welling 2016). D reflections reach every orthogonal
@@ -158,24 +139,14 @@ class Householder(AbstractBijection):
     """
 
     vectors: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int, reflections: int | None = None, *, key: PRNGKeyArray):
-        _check_dim("Householder", dim)
+        super().__init__(dim)
         count = dim + dim % 2 if reflections is None else reflections
         if count < 1:
             raise InputError(f"Householder needs at least one reflection, not {count}.")
         half = jr.normal(key, (dim, (count + 1) // 2))
         self.vectors = jnp.repeat(half, 2, axis=1)[:, :count]
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def _factors(self) -> tuple[Array, Array]:
         """V with columns of unit length, and S."""
@@ -188,7 +159,7 @@ class Householder(AbstractBijection):
         zero = largest == 0
         v = jnp.where(zero, axis, v / jnp.where(zero, jnp.ones_like(largest), largest))
         v = v / jnp.sqrt(jnp.sum(v**2, axis=0, keepdims=True))
-        s = jnp.triu(_product(v.T, v), 1) + 0.5 * jnp.eye(v.shape[1], dtype=v.dtype)
+        s = jnp.triu(product(v.T, v), 1) + 0.5 * jnp.eye(v.shape[1], dtype=v.dtype)
         return v, s
 
     @property
@@ -199,17 +170,17 @@ class Householder(AbstractBijection):
     def forward(self, x, condition=None, *, key=None):
         """``(x − V S⁻¹ Vᵀ x, 0)``."""
         v, s = self._factors()
-        u = _solve(s, _product(v.T, x), lower=False)
-        return x - _product(v, u), _fill(jnp.zeros((), x.dtype), x)
+        u = solve(s, product(v.T, x), lower=False)
+        return x - product(v, u), fill(jnp.zeros((), x.dtype), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(y − V S⁻ᵀ Vᵀ y, 0)``: the transpose."""
         v, s = self._factors()
-        u = _solve(s.T, _product(v.T, y), lower=True)
-        return y - _product(v, u), _fill(jnp.zeros((), y.dtype), y)
+        u = solve(s.T, product(v.T, y), lower=True)
+        return y - product(v, u), fill(jnp.zeros((), y.dtype), y)
 
 
-class LowRank(AbstractBijection):
+class LowRank(AbstractVectorMap):
     r"""y = (I + U Vᵀ) x + b with U and V of shape (D, R): cheap mixing of many dimensions.
 
     By the matrix determinant lemma and Woodbury's identity, with C = I + VᵀU,
@@ -235,25 +206,15 @@ class LowRank(AbstractBijection):
     outer: Array
     raw: Array
     shift: Array | None
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int, rank: int, *, key: PRNGKeyArray, bias: bool = True):
-        _check_dim("LowRank", dim)
+        super().__init__(dim)
         if not 1 <= rank <= dim:
             raise InputError(f"LowRank: the rank must lie between 1 and {dim}, not {rank}.")
         self.basis = jr.normal(key, (dim, rank))
         self.outer = jnp.zeros((dim, rank))
         self.raw = jnp.zeros((rank, rank))
         self.shift = jnp.zeros((dim,)) if bias else None
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def _factors(self) -> tuple[Array, Array]:
         """U and V."""
@@ -261,32 +222,32 @@ class LowRank(AbstractBijection):
         # The factorisation is unique, hence smooth in the basis, once the diagonal is positive.
         v = v * jnp.where(jnp.diag(r) < 0, -1.0, 1.0).astype(v.dtype)[None]
         lower, upper = _lu_factors(self.raw)
-        c = _product(lower, upper) - jnp.eye(self.raw.shape[0], dtype=v.dtype)
-        return _product(v, c - _product(v.T, self.outer)) + self.outer, v
+        c = product(lower, upper) - jnp.eye(self.raw.shape[0], dtype=v.dtype)
+        return product(v, c - product(v.T, self.outer)) + self.outer, v
 
     @property
     def matrix(self) -> Array:
         """I + U Vᵀ, of shape (D, D)."""
         u, v = self._factors()
-        return jnp.eye(self.in_shape[0], dtype=u.dtype) + _product(u, v.T)
+        return jnp.eye(self.in_shape[0], dtype=u.dtype) + product(u, v.T)
 
     def forward(self, x, condition=None, *, key=None):
         """``(x + U Vᵀ x + b, ln det C)``."""
         u, v = self._factors()
-        y = _add(x + _product(u, _product(v.T, x)), self.shift)
-        return y, _fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
+        y = add(x + product(u, product(v.T, x)), self.shift)
+        return y, fill(jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(x − U C⁻¹ Vᵀ x, −ln det C)`` at x = y − b."""
         u, v = self._factors()
         lower, upper = _lu_factors(self.raw)
-        x = _subtract(y, self.shift)
-        w = _solve(lower, _product(v.T, x), lower=True, unit=True)
-        w = _solve(upper, w, lower=False)
-        return x - _product(u, w), _fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
+        x = subtract(y, self.shift)
+        w = solve(lower, product(v.T, x), lower=True, unit=True)
+        w = solve(upper, w, lower=False)
+        return x - product(u, w), fill(-jnp.sum(jnp.log(positive(jnp.diagonal(self.raw)))), y)
 
 
-class Matrix(AbstractBijection):
+class Matrix(AbstractVectorMap):
     r"""y = W x + b with any square matrix W (Kingma & Dhariwal 2018, §3.2).
 
         log_det = ln |det W|
@@ -303,35 +264,26 @@ class Matrix(AbstractBijection):
 
     matrix: Array
     shift: Array | None
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, key: PRNGKeyArray | None = None, bias: bool = True):
-        _check_dim("Matrix", dim)
+        super().__init__(dim)
         self.matrix = jnp.eye(dim) if key is None else jr.orthogonal(key, dim)
         self.shift = jnp.zeros((dim,)) if bias else None
-        self.in_shape, self.cond_shape = (dim,), None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def forward(self, x, condition=None, *, key=None):
         """``(W x + b, ln |det W|)``."""
-        log_det = _fill(jnp.linalg.slogdet(self.matrix)[1], x)
-        return _add(_product(self.matrix, x), self.shift), log_det
+        log_det = fill(jnp.linalg.slogdet(self.matrix)[1], x)
+        return add(product(self.matrix, x), self.shift), log_det
 
     def inverse(self, y, condition=None, *, key=None):
         """``(W⁻¹ (y − b), −ln |det W|)``."""
-        columns = _subtract(y, self.shift).reshape(y.shape[0], math.prod(y.shape[1:]))
+        columns = subtract(y, self.shift).reshape(y.shape[0], math.prod(y.shape[1:]))
         factors = lu_factor(self.matrix)
         x = lu_solve(factors, columns).reshape(y.shape)
-        return x, _fill(-jnp.log(jnp.abs(jnp.diagonal(factors[0]))).sum(), y)
+        return x, fill(-jnp.log(jnp.abs(jnp.diagonal(factors[0]))).sum(), y)
 
 
-class DCT(AbstractBijection):
+class DCT(AbstractShaped, AbstractTwoWay, AbstractBijection):
     r"""The orthonormal discrete cosine transform (of type II) along one axis; log-det zero.
 
         y_k = c_k Σ_n x_n cos(π k (2n + 1) / 2N),    c_0 = √(1/N),  c_k = √(2/N)
@@ -346,38 +298,21 @@ class DCT(AbstractBijection):
         ShapeError: If the event has no such axis, or nothing along it.
     """
 
-    in_shape: Shape = eqx.field(static=True)
     axis: int = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, shape: int | Shape, *, axis: int = -1):
-        self.in_shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        super().__init__(shape)
         ndim = len(self.in_shape)
         if not -ndim <= axis < ndim or self.in_shape[axis] < 1:
             raise ShapeError(f"DCT: there is nothing along axis {axis} of {self.in_shape}.")
         self.axis = axis % ndim  # from the front, since batch axes follow
-        self.cond_shape = None
 
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    def _run(self, transform, x):
-        y = transform(x, axis=self.axis, norm="ortho")
+    def _run(self, direction, x, condition, key):
+        y = (dct if direction == "forward" else idct)(x, axis=self.axis, norm="ortho")
         return y, jnp.zeros(x.shape[len(self.in_shape) :], x.dtype)
 
-    def forward(self, x, condition=None, *, key=None):
-        """The coefficients, from slow to fast."""
-        return self._run(dct, x)
 
-    def inverse(self, y, condition=None, *, key=None):
-        """The sum of cosines with these coefficients."""
-        return self._run(idct, y)
-
-
-class ActNorm(AbstractBijection):
+class ActNorm(AbstractShaped, AbstractBijection):
     r"""y = exp(log_scale) · x + shift, set from a first batch (Kingma & Dhariwal 2018, §3.1).
 
         log_det = Σ log_scale
@@ -393,29 +328,20 @@ class ActNorm(AbstractBijection):
 
     log_scale: Array
     shift: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
     per_channel: bool = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, shape: int | Shape, *, per_channel: bool = False):
-        self.in_shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        super().__init__(shape)
         if per_channel and not self.in_shape:
             raise ShapeError("ActNorm: per_channel needs an event with a channel axis, not ().")
-        self.cond_shape = None
         self.per_channel = per_channel
         held = self.in_shape[:1] if per_channel else self.in_shape
         self.log_scale = jnp.zeros(held)
         self.shift = jnp.zeros(held)
 
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
     def _log_det(self, x: Array) -> Array:
         copies = math.prod(self.in_shape[1:]) if self.per_channel else 1
-        return _fill(jnp.sum(self.log_scale) * copies, x, len(self.in_shape))
+        return fill(jnp.sum(self.log_scale) * copies, x, len(self.in_shape))
 
     def forward(self, x, condition=None, *, key=None):
         """``(exp(log_scale) x + shift, Σ log_scale)``."""
@@ -452,41 +378,7 @@ class ActNorm(AbstractBijection):
         )
 
 
-def _check_dim(owner: str, dim: int) -> None:
-    if dim < 1:
-        raise InputError(f"{owner}: the dimension must be at least 1, not {dim}.")
-
-
 def _lu_factors(raw: Array) -> tuple[Array, Array]:
     """L with unit diagonal and U with positive diagonal, from one square array."""
     lower = jnp.tril(raw, -1) + jnp.eye(raw.shape[0], dtype=raw.dtype)
     return lower, jnp.triu(raw, 1) + jnp.diag(positive(jnp.diagonal(raw)))
-
-
-def _product(matrix: Array, x: Array) -> Array:
-    """The product W x of (M, N) with (N, *batch), at full precision on every device."""
-    return jnp.tensordot(matrix, x, axes=1, precision=lax.Precision.HIGHEST)
-
-
-def _solve(matrix: Array, y: Array, *, lower: bool, unit: bool = False) -> Array:
-    """The solution of a triangular system with the batch, flattened, as right-hand sides."""
-    columns = y.reshape(y.shape[0], math.prod(y.shape[1:]))
-    x = solve_triangular(matrix, columns, lower=lower, unit_diagonal=unit)
-    return x.reshape(y.shape)
-
-
-def _take(x: Array, index: Array) -> Array:
-    return jnp.take(x, index, axis=0, unique_indices=True, mode="clip")
-
-
-def _add(x: Array, shift: Array | None) -> Array:
-    return x if shift is None else x + expand(shift, x.ndim)
-
-
-def _subtract(y: Array, shift: Array | None) -> Array:
-    return y if shift is None else y - expand(shift, y.ndim)
-
-
-def _fill(log_det: Array, x: Array, event_ndim: int = 1) -> Array:
-    """One log-det for all events of a batch."""
-    return jnp.broadcast_to(log_det, x.shape[event_ndim:])

@@ -23,6 +23,7 @@ from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections import linear, orthogonal
 from laminar.bijections.base import AbstractBijection, AbstractTransform, Invert, call
 from laminar.bijections.compose import Permute
+from laminar.bijections.frames import AbstractSameShape, AbstractUnconditional
 from laminar.spaces import AbstractSpace, Sphere, unit
 
 _LINEAR = (
@@ -76,8 +77,29 @@ class AbstractOnManifold(AbstractBijection):
         return self._run(self._inverse, self.out_space, y, condition)
 
 
-class AbstractOnSphere(AbstractOnManifold):
+class AbstractWithin(AbstractSameShape, AbstractOnManifold):
+    """A bijection of a manifold to itself."""
+
+    @property
+    @abc.abstractmethod
+    def in_space(self) -> AbstractSpace:
+        """The manifold."""
+
+    @property
+    def out_space(self) -> AbstractSpace:
+        """The manifold."""
+        return self.in_space
+
+    @property
+    def in_shape(self) -> Shape:
+        """The shape of its points."""
+        return self.in_space.shape
+
+
+class AbstractOnSphere(AbstractWithin, AbstractUnconditional):
     """A bijection of the sphere S^n of unit vectors.
+
+    For a condition take `laminar.bijections.amortized`.
 
     Attributes:
         n: Dimension of the sphere.
@@ -86,27 +108,7 @@ class AbstractOnSphere(AbstractOnManifold):
     n: eqx.AbstractVar[int]
 
     @property
-    def in_shape(self) -> Shape:
-        """``(n + 1,)``."""
-        return (self.n + 1,)
-
-    @property
-    def out_shape(self) -> Shape:
-        """``(n + 1,)``."""
-        return (self.n + 1,)
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """None: take `laminar.bijections.amortized` for a condition."""
-        return None
-
-    @property
     def in_space(self):
-        """The sphere."""
-        return Sphere(self.n)
-
-    @property
-    def out_space(self):
         """The sphere."""
         return Sphere(self.n)
 
@@ -337,7 +339,7 @@ def _newton(residual: Callable[[Array], Array], start: Array) -> Array:
     return lax.while_loop(unsettled, improve, state)[1]
 
 
-class Cylindrical(AbstractOnManifold):
+class Cylindrical(AbstractOnManifold, AbstractUnconditional):
     r"""Heights and an angle as a point of S^n (Rezende et al. 2020, recursive flows).
 
         x_{n+1} = h_1,    x_n = r_1 h_2,    …,    (x_1, x_2) = r_{n−1} (cos θ, sin θ)
@@ -368,11 +370,6 @@ class Cylindrical(AbstractOnManifold):
     def out_shape(self) -> Shape:
         """``(n + 1,)``."""
         return (self.n + 1,)
-
-    @property
-    def cond_shape(self) -> None:
-        """None."""
-        return None
 
     @property
     def out_space(self):

@@ -5,20 +5,17 @@ Events are channels-first, ``(C, *space)``, as in `laminar.bijections.image`.
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from laminar._errors import ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection, AbstractTransform
-from laminar.bijections.coupling import Coupling, check_network, check_template
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.base import AbstractTransform
+from laminar.bijections.coupling import AbstractCoupling, Coupling, check_network, check_template
 from laminar.nn.conv import ConvNet
-from laminar.nn.mlp import Activation, apply_network
+from laminar.nn.mlp import Activation
 
 
 def checkerboard_mask(shape: Shape, flip: bool | Array = False) -> Array:
@@ -38,7 +35,7 @@ def channel_mask(shape: Shape, flip: bool | Array = False) -> Array:
     return expand(jnp.asarray(first), len(shape)) & jnp.ones(shape, bool) != jnp.asarray(flip)
 
 
-class MaskedCoupling(AbstractBijection):
+class MaskedCoupling(AbstractCoupling):
     r"""Scalar maps where a mask is false, with parameters from the entries where it is true.
 
         y = m ⊙ x + (1 − m) ⊙ τ(x; θ),    θ = template + net(m ⊙ x, c)
@@ -58,12 +55,7 @@ class MaskedCoupling(AbstractBijection):
         ShapeError: If the template is not scalar or the network gives another shape.
     """
 
-    template: AbstractElementwise
-    net: Callable
     mask: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: Shape | None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -81,49 +73,19 @@ class MaskedCoupling(AbstractBijection):
         )
 
     @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
-
-    @property
     def _head_shape(self) -> Shape:
         return (self.template.params.shape[0], *self.in_shape)
-
-    @property
-    def name(self) -> str:
-        """The class with the name of its template."""
-        return f"MaskedCoupling({self.template.name})"
 
     def row_cost(self, direction):
         """The parameters of all entries, beside the channels of a convolutional network."""
         width = self.net.head.weight.shape[1] if isinstance(self.net, ConvNet) else 0
         return math.prod(self._head_shape) + 4 * width * math.prod(self.in_shape[1:])
 
-    def _run(self, kernel, x, condition):
-        if self.cond_shape is None:
-            condition = None
-        elif condition is None:
-            raise ShapeError(f"{self.name} needs a condition of shape {self.cond_shape}; got none.")
-        mask = expand(self.mask, x.ndim)
-        theta = apply_network(
-            self.net,
-            jnp.where(mask, x, 0),
-            condition,
-            ndim=len(self.in_shape),
-            cond_ndim=len(self.cond_shape or ()),
-        )
-        theta = theta.reshape(self._head_shape + x.shape[len(self.in_shape) :])
-        y, log_det = kernel(expand(self.template.params, theta.ndim) + theta, x)
+    def _run(self, direction, x, condition, key):
+        kernel, mask = getattr(self.template, f"{direction}_kernel"), expand(self.mask, x.ndim)
+        y, log_det = kernel(self._theta(jnp.where(mask, x, 0), condition), x)
         log_det = jnp.where(mask, 0, log_det)
         return jnp.where(mask, x, y), log_det.sum(tuple(range(len(self.in_shape))))
-
-    def forward(self, x, condition=None, *, key=None):
-        """``τ(x; θ)`` where the mask is false."""
-        return self._run(self.template.forward_kernel, x, condition)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``τ⁻¹(y; θ)`` where the mask is false."""
-        return self._run(self.template.inverse_kernel, y, condition)
 
 
 def conv_coupling(

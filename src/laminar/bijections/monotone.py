@@ -18,14 +18,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.nn import log_softmax, logsumexp
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError
-from laminar._params import bounded, clip, positive, positive_inverse
+from laminar._params import bounded, clip, positive, positive_inverse, reciprocal
 from laminar._typing import Array, ArrayLike, Shape
-from laminar.bijections.elementwise import AbstractElementwise, _as_float, _event_shape
+from laminar.bijections.elementwise import AbstractParametric, as_float, event_shape
+from laminar.bijections.normal import hazard, minus_log_erfc, tail_quantile
 from laminar.bijections.numerical import invert_kernel
 
 ComponentLaw = Literal["logistic", "normal"]
@@ -35,10 +36,9 @@ _PIVOTS = 3.0  # outermost pivots of mixtures: about three standard deviations o
 _MAX_LOG_SLOPE = 8.0
 _FARTHEST = 1e4  # a normal variable is not farther out, and its square has not overflowed
 _MAX_DEGREE = 128  # of Bernstein polynomials
-_FRACTION_TERMS = 32  # of Laplace's continued fraction, which is then exact in float64 beyond 3
 
 
-class AbstractMonotone(AbstractElementwise):
+class AbstractMonotone(AbstractParametric):
     """A scalar map whose forward kernel is closed and whose inverse is a root."""
 
     def inverse_kernel(self, params, y):
@@ -71,8 +71,6 @@ class MixtureCDF(AbstractMonotone):
         InputError: If there is no component or no such law.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     components: int = eqx.field(static=True)
     affine: bool = eqx.field(static=True)
     law: ComponentLaw = eqx.field(static=True, default="logistic")  # of older files
@@ -85,7 +83,7 @@ class MixtureCDF(AbstractMonotone):
         affine: bool = True,
         law: ComponentLaw = "logistic",
     ):
-        _check_counts("MixtureCDF", components=components)
+        check_sizes("MixtureCDF", components=components)
         if law not in get_args(ComponentLaw):
             raise InputError(f"MixtureCDF: law must be 'logistic' or 'normal', not {law!r}.")
         self.in_shape, self.components, self.affine = tuple(shape), components, affine
@@ -133,13 +131,11 @@ class DeepSigmoidal(AbstractMonotone):
         InputError: If a count is not positive.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     units: int = eqx.field(static=True)
     layers: int = eqx.field(static=True)
 
     def __init__(self, units: int = 8, layers: int = 1, shape: Shape = ()):
-        _check_counts("DeepSigmoidal", units=units, layers=layers)
+        check_sizes("DeepSigmoidal", units=units, layers=layers)
         self.in_shape, self.units, self.layers = tuple(shape), units, layers
         self.params = jnp.zeros((self._count, *self.in_shape))
 
@@ -205,14 +201,12 @@ class UnconstrainedMonotone(AbstractMonotone):
         InputError: If a count or the edge is not positive.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     units: int = eqx.field(static=True)
     edge: float = eqx.field(static=True)
     nodes: int = eqx.field(static=True)
 
     def __init__(self, units: int = 8, shape: Shape = (), *, edge: float = 5.0, nodes: int = 48):
-        _check_counts("UnconstrainedMonotone", units=units, nodes=nodes)
+        check_sizes("UnconstrainedMonotone", units=units, nodes=nodes)
         _check_edge("UnconstrainedMonotone", edge)
         self.in_shape, self.units, self.nodes = tuple(shape), units, nodes
         self.edge = float(edge)
@@ -260,8 +254,6 @@ class SumOfSquares(AbstractMonotone):
         InputError: If an option has no meaning.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     degree: int = eqx.field(static=True)
     squares: int = eqx.field(static=True)
     edge: float = eqx.field(static=True)
@@ -276,7 +268,7 @@ class SumOfSquares(AbstractMonotone):
         edge: float = 5.0,
         min_slope: float = 1e-3,
     ):
-        _check_counts("SumOfSquares", degree=degree, squares=squares)
+        check_sizes("SumOfSquares", degree=degree, squares=squares)
         _check_edge("SumOfSquares", edge)
         if not 0 < min_slope < 1:
             raise InputError(f"SumOfSquares: min_slope must be in (0, 1), not {min_slope}.")
@@ -330,15 +322,13 @@ class Bernstein(AbstractMonotone):
         InputError: If the degree is out of range or the interval not finite and increasing.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     degree: int = eqx.field(static=True)
     interval: tuple[float, float] = eqx.field(static=True)
 
     def __init__(
         self, degree: int = 8, shape: Shape = (), *, interval: tuple[float, float] = (-5.0, 5.0)
     ):
-        _check_counts("Bernstein", degree=degree)
+        check_sizes("Bernstein", degree=degree)
         lo, hi = interval
         if degree > _MAX_DEGREE:
             raise InputError(
@@ -367,7 +357,7 @@ class Bernstein(AbstractMonotone):
         return params[0] + y + slope * (x - near), jnp.log(slope)
 
 
-class TailTransform(AbstractElementwise):
+class TailTransform(AbstractParametric):
     r"""Normal tails to the tails of extreme-value theory (Hickling & Prangle 2024, eq. 4).
 
         y = t + s · sign(x) (erfc(|x|/√2)^{−λ} − 1) / λ
@@ -395,9 +385,6 @@ class TailTransform(AbstractElementwise):
         ShapeError: If the shapes cannot be broadcast.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-
     def __init__(
         self,
         loc: ArrayLike = 0.0,
@@ -408,8 +395,8 @@ class TailTransform(AbstractElementwise):
         shape: Shape | None = None,
     ):
         names = ("loc", "scale", "right", "left")
-        given = dict(zip(names, map(_as_float, (loc, scale, right, left)), strict=True))
-        self.in_shape = _event_shape("TailTransform", shape, **given)
+        given = dict(zip(names, map(as_float, (loc, scale, right, left)), strict=True))
+        self.in_shape = event_shape("TailTransform", shape, **given)
         for name, value in list(given.items())[1:]:
             if not isinstance(value, Tracer) and not bool((value > 0).all()):
                 raise InputError(f"TailTransform: every {name} must be greater than zero.")
@@ -419,30 +406,31 @@ class TailTransform(AbstractElementwise):
 
     @staticmethod
     def _read(params, above):
-        scale, right, left = positive(params[1]), positive(params[2]), positive(params[3])
-        return params[0], scale, jnp.where(above, right, left)
+        """The location, the scale, the weight of the tail, and the reciprocal of that."""
+        raw = jnp.where(above, params[2], params[3])
+        return params[0], positive(params[1]), positive(raw), reciprocal(raw)
 
     def forward_kernel(self, params, x):
         """``(y, ln s + λ q + ln q′)``."""
         above = x >= 0  # not jnp.abs and jnp.sign, whose derivatives at zero are zero
-        loc, scale, weight = self._read(params, above)
+        loc, scale, weight, rest = self._read(params, above)
         top = math.log(float(jnp.finfo(x.dtype).max)) - 2
         z = jnp.minimum(jnp.where(above, x, -x), _FARTHEST)
-        power = jnp.minimum(weight * _minus_log_erfc(z), top - jnp.log(scale / weight + 1))
-        size = scale / weight * jnp.expm1(power)
-        log_det = jnp.log(scale) + power + jnp.log(_hazard(z))
+        power = jnp.minimum(weight * minus_log_erfc(z), top - jnp.log(scale * rest + 1))
+        size = scale * rest * jnp.expm1(power)
+        log_det = jnp.log(scale) + power + jnp.log(hazard(z))
         return loc + jnp.where(above, size, -size), log_det
 
     def inverse_kernel(self, params, y):
         """``(x, −ln s − λ q − ln q′)``."""
         above = y >= params[0]
-        loc, scale, weight = self._read(params, above)
+        loc, scale, weight, rest = self._read(params, above)
         largest = 0.1 * float(jnp.finfo(y.dtype).max)
         gap = clip(y, -largest, largest) - loc
-        size = jnp.minimum(jnp.where(above, gap, -gap) / scale, largest)
+        size = jnp.minimum(jnp.where(above, gap, -gap) * reciprocal(params[1]), largest)
         power = jnp.log1p(jnp.minimum(weight * size, largest))
-        z = _normal_tail_quantile(power / weight)
-        return jnp.where(above, z, -z), -jnp.log(scale) - power - jnp.log(_hazard(z))
+        z = tail_quantile(power * rest)
+        return jnp.where(above, z, -z), -jnp.log(scale) - power - jnp.log(hazard(z))
 
 
 def _log_odds(log_weight: Array, u: Array, log_slope: Array) -> tuple[Array, Array]:
@@ -485,7 +473,7 @@ def _normal_scores(log_weight: Array, u: Array, log_slope: Array) -> tuple[Array
     edge = math.sqrt(float(jnp.finfo(u.dtype).max)) / 16  # whose square has not overflowed
     u = clip(u, -edge, edge)
     size = jnp.where(u < 0, -u, u)
-    log_density, log_hazard = -0.5 * size * size - _HALF_LOG_TWO_PI, jnp.log(_hazard(size))
+    log_density, log_hazard = -0.5 * size * size - _HALF_LOG_TWO_PI, jnp.log(hazard(size))
     tail = log_density - log_hazard  # ln Φ(−|u|)
     body = jnp.log1p(-jnp.exp(tail))
     up, down = jnp.where(u < 0, tail, body), jnp.where(u < 0, body, tail)
@@ -494,9 +482,9 @@ def _normal_scores(log_weight: Array, u: Array, log_slope: Array) -> tuple[Array
     log_sum = jnp.where(below, lower, upper)
     log_part = jnp.where(below, up, down)
     log_hazard = jnp.where((u < 0) == below, log_hazard, log_density - body)
-    z = _normal_tail_quantile(-log_sum - math.log(2))
+    z = tail_quantile(-log_sum - math.log(2))
     shares = log_softmax(log_weight + log_part, axis=0)  # which far out still sum to one
-    log_slope = logsumexp(shares + log_hazard + log_slope, 0) - jnp.log(_hazard(z))[0]
+    log_slope = logsumexp(shares + log_hazard + log_slope, 0) - jnp.log(hazard(z))[0]
     return jnp.where(below, -z, z)[0], log_slope
 
 
@@ -528,49 +516,6 @@ def _bernstein(degree: int, s: Array, rest: Array) -> Array:
     )
 
 
-def _hazard(z: Array) -> Array:
-    """The slope of −ln erfc(z/√2) for z ≥ 0, which is φ(z)/Φ(−z)."""
-    far = z > 3
-    near = jnp.where(far, 1, z)
-    body = math.sqrt(2 / math.pi) * jnp.exp(-0.5 * near * near)
-    body = body / lax.erfc(near * math.sqrt(0.5))
-    z = jnp.where(far, z, 3)
-    tail = z
-    for k in range(_FRACTION_TERMS, 0, -1):
-        tail = z + k / tail
-    return jnp.where(far, tail, body)
-
-
-def _minus_log_erfc(z: Array) -> Array:
-    """−ln erfc(z/√2) for z ≥ 0, precise near zero and without underflow."""
-    low = z < 1
-    near = jnp.where(low, z, 0)
-    far = 0.5 * z * z + jnp.log(math.sqrt(math.pi / 2) * _hazard(jnp.where(low, 1, z)))
-    return jnp.where(low, -jnp.log1p(-lax.erf(near * math.sqrt(0.5))), far)
-
-
-@jax.custom_jvp
-def _normal_tail_quantile(h: Array) -> Array:
-    """The z ≥ 0 with −ln erfc(z/√2) = h; zero where h is below zero by rounding.
-
-    The left side is convex, and at least z²/2 and z √(2/π); so Newton's method from the smaller of
-    the two bounds approaches the root from the right.
-    """
-    h = jnp.maximum(h, 0)
-    z = jnp.minimum(jnp.sqrt(2 * h), math.sqrt(math.pi / 2) * h)
-
-    def step(_, z):
-        return jnp.maximum(z - (_minus_log_erfc(z) - h) / _hazard(z), 0)
-
-    return lax.fori_loop(0, 6, step, z)  # unrolled it takes twice the time to compile
-
-
-@_normal_tail_quantile.defjvp
-def _normal_tail_quantile_jvp(primals, tangents):
-    z = _normal_tail_quantile(primals[0])
-    return z, tangents[0] / _hazard(z)
-
-
 def _spread(count: int, edge: float) -> np.ndarray:
     """Evenly spaced numbers from −edge to edge, or zero alone."""
     return np.linspace(-edge, edge, count) if count > 1 else np.zeros(1)
@@ -586,12 +531,6 @@ def _band(count: int, like: Array) -> Array:
     places = np.arange(count)
     gap = (places[:, None] - places[None]) * 4 / count
     return jnp.asarray(-0.5 * gap**2, like.dtype).reshape((count, count) + (1,) * (like.ndim - 1))
-
-
-def _check_counts(owner: str, **counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
 
 
 def _check_edge(owner: str, edge: float) -> None:

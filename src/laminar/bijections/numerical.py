@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from laminar._errors import InputError
-from laminar._typing import Array, Shape
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar._typing import Array
+from laminar.bijections.elementwise import AbstractParametric
 
 _GROWTH = 4.0
 _MAX_GROWTHS = 60
@@ -197,7 +197,7 @@ def _find_bracket(f, params, y, bracket, domain) -> _Search:
     return _Search(lower, upper, held, outside, jnp.where(below, lower, upper), centre)
 
 
-class NumericalInverse(AbstractElementwise):
+class NumericalInverse(AbstractParametric):
     """A scalar map known only by its forward kernel, inverted by `monotone_root`.
 
     ``forward`` is the kernel; ``inverse`` solves for x and returns minus the kernel's log-slope
@@ -214,9 +214,7 @@ class NumericalInverse(AbstractElementwise):
     and an x outside the domain the image of its end, both with a log-det of −inf.
     """
 
-    params: Array
     kernel: Callable
-    in_shape: Shape = eqx.field(static=True)
     bracket: tuple[float, float] = eqx.field(static=True)
     domain: tuple[float, float] = eqx.field(static=True)
 

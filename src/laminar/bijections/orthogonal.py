@@ -5,35 +5,31 @@ precision, with one log-det for all events. All start as the identity.
 """
 
 import abc
-from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax.scipy.linalg import expm
 
+from laminar._checks import check_sizes
 from laminar._params import partition
 from laminar._typing import Array, PRNGKeyArray, Shape
+from laminar.bijections._matrices import add, fill, product, subtract
 from laminar.bijections.base import AbstractBijection
 from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Affine
-from laminar.bijections.linear import (
-    Householder,
-    Triangular,
-    _add,
-    _check_dim,
-    _fill,
-    _product,
-    _subtract,
+from laminar.bijections.frames import (
+    AbstractSameShape,
+    AbstractTwoWay,
+    AbstractUnconditional,
+    AbstractVectorMap,
 )
+from laminar.bijections.linear import Householder, Triangular
 
 
-class AbstractFactored(AbstractBijection):
+class AbstractFactored(AbstractSameShape, AbstractTwoWay, AbstractUnconditional, AbstractBijection):
     """A linear map kept as factors that are linear maps themselves."""
-
-    batch_last: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod
@@ -46,16 +42,6 @@ class AbstractFactored(AbstractBijection):
         return self.factors[0].in_shape
 
     @property
-    def out_shape(self) -> Shape:
-        """``(D,)``."""
-        return self.in_shape
-
-    @property
-    def cond_shape(self) -> None:
-        """None."""
-        return None
-
-    @property
     def matrix(self) -> Array:
         """The matrix, of shape (D, D)."""
         dtype = jnp.result_type(*jtu.tree_leaves(partition(self)[0]))
@@ -63,13 +49,8 @@ class AbstractFactored(AbstractBijection):
         # The derivative, not a difference of images, which a large shift would round.
         return jax.jvp(lambda x: self.forward(x)[0], (jnp.zeros_like(eye),), (eye,))[1]
 
-    def forward(self, x, condition=None, *, key=None):
-        """The factors in order, with the summed log-det."""
-        return Chain(self.factors).forward(x)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """The inverses of the factors, last one first, with the summed log-det."""
-        return Chain(self.factors).inverse(y)
+    def _run(self, direction, x, condition, key):
+        return getattr(Chain(self.factors), direction)(x)
 
 
 class SVD(AbstractFactored):
@@ -96,7 +77,7 @@ class SVD(AbstractFactored):
     right: Householder
 
     def __init__(self, dim: int, reflections: int | None = None, *, key: PRNGKeyArray):
-        _check_dim("SVD", dim)
+        check_sizes("SVD", dim=dim)
         left_key, right_key = jr.split(key)
         self.left = Householder(dim, reflections, key=left_key)
         self.scale = Affine(shape=(dim,))
@@ -133,7 +114,7 @@ class QR(AbstractFactored):
     def __init__(
         self, dim: int, reflections: int | None = None, *, key: PRNGKeyArray, bias: bool = True
     ):
-        _check_dim("QR", dim)
+        check_sizes("QR", dim=dim)
         self.orthogonal = Householder(dim, reflections, key=key)
         self.triangular = Triangular(dim, lower=False, bias=bias)
 
@@ -143,7 +124,7 @@ class QR(AbstractFactored):
         return self.triangular, self.orthogonal
 
 
-class Cayley(AbstractBijection):
+class Cayley(AbstractVectorMap):
     r"""y = (I + A)⁻¹ (I − A) x, a rotation by the Cayley transform of A = −Aᵀ; log-det zero.
 
     A is the strict lower triangle of ``raw`` less its transpose, so any numbers will do and zero
@@ -160,20 +141,10 @@ class Cayley(AbstractBijection):
     """
 
     raw: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int):
-        _check_dim("Cayley", dim)
+        super().__init__(dim)
         self.raw = jnp.zeros((dim, dim))
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     @property
     def matrix(self) -> Array:
@@ -190,14 +161,14 @@ class Cayley(AbstractBijection):
 
     def forward(self, x, condition=None, *, key=None):
         """``(2 (I + A)⁻¹ x − x, 0)``."""
-        return self._turn(x, 1), _fill(jnp.zeros((), x.dtype), x)
+        return self._turn(x, 1), fill(jnp.zeros((), x.dtype), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(2 (I − A)⁻¹ y − y, 0)``: the transpose."""
-        return self._turn(y, -1), _fill(jnp.zeros((), y.dtype), y)
+        return self._turn(y, -1), fill(jnp.zeros((), y.dtype), y)
 
 
-class MatrixExponential(AbstractBijection):
+class MatrixExponential(AbstractVectorMap):
     r"""y = exp(A) x + b for any square matrix A (Xiao & Liu 2020; Hoogeboom et al. 2020).
 
         log_det = tr A,        inverse: x = exp(−A) (y − b)
@@ -217,21 +188,11 @@ class MatrixExponential(AbstractBijection):
 
     raw: Array
     shift: Array | None
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, bias: bool = True):
-        _check_dim("MatrixExponential", dim)
+        super().__init__(dim)
         self.raw = jnp.zeros((dim, dim))
         self.shift = jnp.zeros((dim,)) if bias else None
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def _exp(self, sign: int) -> Array:
         common = jnp.trace(self.raw) / len(self.raw)
@@ -246,10 +207,10 @@ class MatrixExponential(AbstractBijection):
 
     def forward(self, x, condition=None, *, key=None):
         """``(exp(A) x + b, tr A)``."""
-        y = _add(_product(self._exp(1), x), self.shift)
-        return y, _fill(jnp.trace(self.raw), x)
+        y = add(product(self._exp(1), x), self.shift)
+        return y, fill(jnp.trace(self.raw), x)
 
     def inverse(self, y, condition=None, *, key=None):
         """``(exp(−A) (y − b), −tr A)``."""
-        x = _product(self._exp(-1), _subtract(y, self.shift))
-        return x, _fill(-jnp.trace(self.raw), y)
+        x = product(self._exp(-1), subtract(y, self.shift))
+        return x, fill(-jnp.trace(self.raw), y)

@@ -1,19 +1,19 @@
 """A monotone spline through given knots, one for each column: quantiles to quantiles."""
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
-from laminar._typing import Array, ArrayLike, Shape
+from laminar._typing import Array, ArrayLike
 from laminar.bijections.base import AbstractBijection
+from laminar.bijections.frames import AbstractShaped
 from laminar.bijections.splines import rational_place, rational_share
 
 
-class QuantileMap(AbstractBijection):
+class QuantileMap(AbstractShaped, AbstractBijection):
     r"""A rational-quadratic spline through knots (z_k, x_k) with slopes s_k, column by column.
 
     Between two knots, with t = (z − z_k) / (z_{k+1} − z_k) and secant σ_k
@@ -40,9 +40,6 @@ class QuantileMap(AbstractBijection):
     z: Frozen[Array]
     x: Frozen[Array]
     slope: Frozen[Array]
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(self, z: ArrayLike, x: ArrayLike, slope: ArrayLike):
         z, x, slope = (jnp.asarray(v) for v in (z, x, slope))
@@ -55,12 +52,7 @@ class QuantileMap(AbstractBijection):
             raise ShapeError(f"QuantileMap needs at least two knots, not {z.shape[0]}.")
         _check_values(z, x, slope)
         self.z, self.x, self.slope = Frozen(z), Frozen(x), Frozen(slope)
-        self.in_shape, self.cond_shape = z.shape[1:], None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
+        super().__init__(z.shape[1:])
 
     def forward(self, x, condition=None, *, key=None):
         """Latent to data, with the summed ln dx/dz."""

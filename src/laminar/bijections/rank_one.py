@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -29,9 +28,10 @@ from jax import lax
 
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive, positive_inverse
-from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection
+from laminar._typing import Array, PRNGKeyArray
+from laminar.bijections._matrices import product
 from laminar.bijections.compose import Permute
+from laminar.bijections.frames import AbstractVectorMap
 
 SylvesterKind = Literal["orthogonal", "householder", "triangular"]
 
@@ -39,7 +39,7 @@ _MOST_STEPS = 60
 _HIGHEST = lax.Precision.HIGHEST
 
 
-class Planar(AbstractBijection):
+class Planar(AbstractVectorMap):
     r"""y = x + û tanh(wᵀx + b): a bend along w (Rezende & Mohamed 2015, eq. 10).
 
         log_det = ln(1 + wᵀû · (1 − tanh²(wᵀx + b)))
@@ -63,23 +63,13 @@ class Planar(AbstractBijection):
     u: Array
     w: Array
     b: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
     batched_parameters: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, key: PRNGKeyArray):
-        _check_dim("Planar", dim)
+        super().__init__(dim)
         self.w = jr.normal(key, (dim,)) / math.sqrt(dim)
         self.u = jnp.zeros((dim,))
         self.b = jnp.zeros(())
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def _bend(self) -> tuple[Array, Array]:
         """û, and the slope 1 + wᵀû."""
@@ -110,7 +100,7 @@ class Planar(AbstractBijection):
         return y - u * t[None], -jnp.log(_tanh_slope(slope, t))
 
 
-class Radial(AbstractBijection):
+class Radial(AbstractVectorMap):
     r"""y = x + β (x − x_0) / (α + r), r = |x − x_0|: a push from a point or a pull towards it.
 
     (Rezende & Mohamed 2015, eq. 14.) With ρ = r/α and β = α (p − 1), p > 0, which keeps their
@@ -134,25 +124,15 @@ class Radial(AbstractBijection):
     centre: Array
     raw_alpha: Array
     raw_slope: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
     batched_parameters: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, key: PRNGKeyArray, alpha: float = 1.0):
-        _check_dim("Radial", dim)
+        super().__init__(dim)
         if not (math.isfinite(alpha) and alpha > 0):
             raise InputError(f"Radial: alpha must be positive, not {alpha}.")
         self.centre = jr.normal(key, (dim,))
         self.raw_alpha = positive_inverse(jnp.asarray(alpha, self.centre.dtype))
         self.raw_slope = jnp.zeros((), self.centre.dtype)
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def _measure(self, x: Array) -> tuple[Array, Array, Array]:
         """The offset x − x_0, the relative radius ρ, and p."""
@@ -185,7 +165,7 @@ class Radial(AbstractBijection):
         return y + offset * shrink[None], -self._log_det(rho, p)
 
 
-class Sylvester(AbstractBijection):
+class Sylvester(AbstractVectorMap):
     r"""y = x + Q R tanh(R̃ Qᵀx + b): M bends at once in a subspace (van den Berg et al. 2018).
 
         log_det = Σ_i ln(1 + R_ii R̃_ii (1 − tanh² s_i)),    s = R̃ Qᵀx + b
@@ -226,9 +206,6 @@ class Sylvester(AbstractBijection):
     matrix: Array
     scale: Array
     b: Array
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
     batched_parameters: ClassVar[bool] = True
 
     def __init__(
@@ -241,7 +218,7 @@ class Sylvester(AbstractBijection):
         reflections: int | None = None,
         order: Array | None = None,
     ):
-        _check_dim("Sylvester", dim)
+        super().__init__(dim)
         size, count = _check_sylvester(dim, columns, kind, reflections, order)
         self.vectors = self.order = None
         if kind == "triangular":
@@ -251,13 +228,6 @@ class Sylvester(AbstractBijection):
         self.matrix = jnp.zeros((size, size))
         self.scale = jnp.ones((size,))
         self.b = jnp.zeros((size,))
-        self.in_shape = (dim,)
-        self.cond_shape = None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
 
     def row_cost(self, direction):
         """That of the event; ``inverse`` of a gradient keeps what its M steps left."""
@@ -288,12 +258,12 @@ class Sylvester(AbstractBijection):
     def _pre_activation(self, v: Array) -> Array:
         """The s of a projected point v = Qᵀx: R̃ v + b."""
         lower = _masked(self.matrix, jnp.tril, -1)
-        inner = _product(jnp.swapaxes(lower, 0, 1), v)
+        inner = product(jnp.swapaxes(lower, 0, 1), v)
         return inner + expand(self.scale, v.ndim) * v + expand(self.b, v.ndim)
 
     def _bend(self, diagonal: Array, t: Array) -> Array:
         """The move of a point in the subspace, R t."""
-        return _product(_masked(self.matrix, jnp.triu, 1), t) + expand(diagonal, t.ndim) * t
+        return product(_masked(self.matrix, jnp.triu, 1), t) + expand(diagonal, t.ndim) * t
 
     def forward(self, x, condition=None, *, key=None):
         """``(x + Q R tanh s, Σ ln(1 + R_ii R̃_ii (1 − tanh² s_i)))``."""
@@ -414,14 +384,6 @@ def _unit(x: Array) -> Array:
     return jnp.where(none[None], axis, x / jnp.where(none, 1, length)[None])
 
 
-def _product(matrix: Array, x: Array) -> Array:
-    """A matrix times vectors ``(D, *batch)``, in full precision; each may have its own matrix."""
-    if matrix.ndim > 2:
-        return jnp.sum(matrix * x[None], 1)
-    flat = jnp.matmul(matrix, x.reshape((x.shape[0], -1)), precision=_HIGHEST)
-    return flat.reshape((matrix.shape[0], *x.shape[1:]))
-
-
 def _masked(matrix: Array, triangle: Callable[..., Array], offset: int) -> Array:
     """A triangle of matrices ``(M, M, *batch)``."""
     mask = triangle(jnp.ones(matrix.shape[:2], matrix.dtype), offset)
@@ -441,7 +403,7 @@ def _reflect(vectors: Array, x: Array, backwards: bool = False) -> Array:
             return x - v * (2 * jnp.sum(v * x, 0))[None], None
 
         return lax.scan(turn, x, jnp.moveaxis(v, 1, 0), reverse=backwards)[0]
-    gram = _product(v.T, v)
+    gram = product(v.T, v)
 
     def extend(factor, column):
         i, products = column
@@ -453,12 +415,7 @@ def _reflect(vectors: Array, x: Array, backwards: bool = False) -> Array:
     factor, _ = lax.scan(extend, start, (jnp.arange(v.shape[1]), gram))
     # H_1 … H_K is I − V T Vᵀ, and takes the last one first; its transpose the first one first.
     factor = factor if backwards else factor.T
-    return x - _product(v, _product(factor, _product(v.T, x)))
-
-
-def _check_dim(owner: str, dim: int) -> None:
-    if dim < 1:
-        raise InputError(f"{owner}: dim must be at least 1, not {dim}.")
+    return x - product(v, product(factor, product(v.T, x)))
 
 
 def _check_sylvester(

@@ -15,7 +15,7 @@ so only the last u is kept: memory does not grow with the number of terms.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from jax import lax
 from laminar._errors import InputError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractTransform, Exactness
+from laminar.bijections.base import Exactness
+from laminar.bijections.frames import AbstractSameShape
 from laminar.nn.lipschitz import Contraction, LipschitzConv, LipschitzMLP
 
 LogDet = Literal["exact", "power_series", "roulette"]
@@ -40,7 +41,7 @@ _EXACTNESS: dict[str, Exactness] = {
 _SPARE_STEPS = 10
 
 
-class Residual(AbstractTransform):
+class Residual(AbstractSameShape):
     r"""y = x + g(x; c) with |g(x) − g(x′)| ≤ L |x − x′|, L < 1 (Behrmann et al. 2019).
 
         log_det = ln det(I + ∂g/∂x)
@@ -71,7 +72,6 @@ class Residual(AbstractTransform):
     log_det: LogDet = eqx.field(static=True, default="exact")
     terms: int = eqx.field(static=True, default=8)
     probes: int = eqx.field(static=True, default=1)
-    batch_last: ClassVar[bool] = True
 
     def __check_init__(self):
         if self.log_det not in get_args(LogDet):
@@ -87,11 +87,6 @@ class Residual(AbstractTransform):
 
     @property
     def in_shape(self) -> Shape:
-        """The shape of the network's events."""
-        return self.net.shape
-
-    @property
-    def out_shape(self) -> Shape:
         """The shape of the network's events."""
         return self.net.shape
 

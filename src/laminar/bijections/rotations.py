@@ -7,31 +7,17 @@ import jax.numpy as jnp
 from laminar._errors import ShapeError
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.base import AbstractTransform, call
-from laminar.bijections.manifolds import AbstractOnManifold, Projective, bare, moebius
+from laminar.bijections.frames import needed
+from laminar.bijections.manifolds import AbstractWithin, Projective, bare, moebius
 from laminar.nn.mlp import MLP, Activation
 from laminar.spaces import Rotations, Sphere, from_quaternion, to_quaternion
 
 
-class AbstractOnRotations(AbstractOnManifold):
+class AbstractOnRotations(AbstractWithin):
     """A bijection of rotations, 3 × 3 matrices, with respect to the Haar measure."""
 
     @property
-    def in_shape(self) -> Shape:
-        """``(3, 3)``."""
-        return (3, 3)
-
-    @property
-    def out_shape(self) -> Shape:
-        """``(3, 3)``."""
-        return (3, 3)
-
-    @property
     def in_space(self):
-        """The rotations."""
-        return Rotations()
-
-    @property
-    def out_space(self):
         """The rotations."""
         return Rotations()
 
@@ -92,9 +78,7 @@ class RotationCoupling(AbstractOnRotations):
         return jnp.take(columns, (jnp.arange(3, dtype=jnp.int32) - self.first) % 3, axis=1)
 
     def _theta(self, first: Array, condition: Array | None) -> tuple[Array, Array]:
-        if self.cond_shape is not None and condition is None:
-            raise ShapeError(f"{self.name} needs a condition of shape {self.cond_shape}; got none.")
-        theta = self.net(first, condition)
+        theta = self.net(first, needed(self, condition))
         return theta[:3] - jnp.sum(theta[:3] * first, 0)[None] * first, theta[3]
 
     def _forward(self, x, condition):

@@ -10,16 +10,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from laminar._errors import InputError
 from laminar._params import expand
 from laminar._typing import Array, Shape
+from laminar.bijections._matrices import product
+from laminar.bijections.frames import AbstractUnconditional
 from laminar.bijections.manifolds import AbstractOnManifold
 from laminar.spaces import Simplex, least
 
 
-class AbstractToSimplex(AbstractOnManifold):
+class AbstractToSimplex(AbstractOnManifold, AbstractUnconditional):
     """A map of ℝ^{D−1} to the positive vectors of D parts that sum to one.
 
     Attributes:
@@ -37,11 +38,6 @@ class AbstractToSimplex(AbstractOnManifold):
     def out_shape(self) -> Shape:
         """``(D,)``."""
         return (self.parts,)
-
-    @property
-    def cond_shape(self) -> None:
-        """None."""
-        return None
 
     @property
     def out_space(self):
@@ -120,7 +116,7 @@ class Softmax(AbstractToSimplex):
         return jnp.asarray((upper / np.sqrt(count * (count + 1))[:, None]).T, dtype)
 
     def _log_parts(self, x):
-        return jax.nn.log_softmax(_product(self._basis(x.dtype), x), 0)
+        return jax.nn.log_softmax(product(self._basis(x.dtype), x), 0)
 
     def _forward(self, x, condition):
         y, log_det = super()._forward(x, condition)
@@ -128,11 +124,5 @@ class Softmax(AbstractToSimplex):
 
     def _inverse(self, y, condition):
         log_y = jnp.log(y)
-        x = _product(self._basis(y.dtype).T, log_y)
+        x = product(self._basis(y.dtype).T, log_y)
         return x, -jnp.sum(log_y, 0) - 0.5 * math.log(self.parts)
-
-
-def _product(matrix: Array, x: Array) -> Array:
-    """A matrix times vectors ``(D, *batch)``, in full precision."""
-    flat = jnp.matmul(matrix, x.reshape((x.shape[0], -1)), precision=lax.Precision.HIGHEST)
-    return flat.reshape((matrix.shape[0], *x.shape[1:]))

@@ -19,7 +19,7 @@ from jax import lax
 from laminar._errors import InputError
 from laminar._params import SOFTPLUS_ONE, clip
 from laminar._typing import Array, Shape
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.elementwise import AbstractParametric
 
 Tails = Literal["identity", "linear", "circular"]
 
@@ -28,7 +28,40 @@ _STEPS = 3.0  # bins are numbered in steps of 1/3, so that a quotient stands las
 _HALF_STEP = 0.5 / _STEPS  # the compiler may round such a quotient in two ways
 
 
-class RationalQuadratic(AbstractElementwise):
+class AbstractSpline(AbstractParametric):
+    """A spline of free bins that maps an interval onto itself."""
+
+    bins: int = eqx.field(static=True)
+    interval: tuple[float, float] = eqx.field(static=True)
+    tails: Tails | None = eqx.field(static=True)
+    min_width: float = eqx.field(static=True)
+    min_height: float = eqx.field(static=True)
+
+    def _start(
+        self,
+        count: int,
+        bins: int,
+        shape: Shape,
+        interval: tuple[float, float],
+        tails: Tails | None,
+        least: tuple[float, float],
+        *,
+        circular: bool = False,
+    ) -> None:
+        """Take the options, and `count` zeros as parameters; it may be `circular`."""
+        _check_options(type(self).__name__, bins, interval, tails, *least, circular)
+        self.in_shape, self.bins, self.tails = tuple(shape), bins, tails
+        self.interval = (float(interval[0]), float(interval[1]))
+        self.min_width, self.min_height = least
+        self.params = jnp.zeros((count, *self.in_shape))
+
+    def _found(self, ones: bool | None, search_y: bool, point: Array, params: Array):
+        """What `_search` finds with these options."""
+        least = self.min_width, self.min_height
+        return _search(_Layout(self.bins, ones), self.interval, least, search_y, point, params)
+
+
+class RationalQuadratic(AbstractSpline):
     r"""Monotone rational-quadratic spline (Durkan et al. 2019, eqs. 4–8).
 
     With θ = (x − x_k) / w_k in bin k, s = h_k / w_k and knot slopes d_k:
@@ -57,13 +90,6 @@ class RationalQuadratic(AbstractElementwise):
         InputError: If an option has no meaning.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-    bins: int = eqx.field(static=True)
-    interval: tuple[float, float] = eqx.field(static=True)
-    tails: Tails | None = eqx.field(static=True)
-    min_width: float = eqx.field(static=True)
-    min_height: float = eqx.field(static=True)
     min_slope: float = eqx.field(static=True)
 
     def __init__(
@@ -77,25 +103,19 @@ class RationalQuadratic(AbstractElementwise):
         min_height: float = 1e-3,
         min_slope: float = 1e-3,
     ):
-        _check_options("RationalQuadratic", bins, interval, tails, min_width, min_height, True)
+        count = 3 * bins + (-1 if tails == "identity" else 1)
+        least = (min_width, min_height)
+        self._start(count, bins, shape, interval, tails, least, circular=True)
         if not 0 < min_slope < 1:
             raise InputError(f"RationalQuadratic: min_slope must be in (0, 1), not {min_slope}.")
-        self.in_shape, self.bins = tuple(shape), bins
-        self.interval = (float(interval[0]), float(interval[1]))
-        self.tails = tails
-        self.min_width, self.min_height, self.min_slope = min_width, min_height, min_slope
-        count = 3 * bins + (-1 if tails == "identity" else 1)
-        self.params = jnp.zeros((count, *self.in_shape))
+        self.min_slope = min_slope
 
     def _bin(self, params: Array, point: Array, search_y: bool):
         """The bin a point is in: left knot, sizes, end slopes, and slopes of the outer knots."""
-        layout = _Layout(self.bins, self.tails == "identity")
         if self.tails == "circular":
             # The last knot is the first one again; the shift that stands there is not a slope.
             params = jnp.concatenate([params[:-1], params[2 * self.bins : 2 * self.bins + 1]])
-        found = _search(
-            layout, self.interval, (self.min_width, self.min_height), search_y, point, params
-        )
+        found = self._found(self.tails == "identity", search_y, point, params)
         x_left, width, y_left, height, raw_left, raw_right = found
         return x_left, width, y_left, height, self._slope(raw_left), self._slope(raw_right)
 
@@ -222,7 +242,7 @@ def _slope_jvp(primals, tangents):
     return value, tangents[0] / (-1 / jnp.expm1(-value))
 
 
-class Linear(AbstractElementwise):
+class Linear(AbstractSpline):
     """Monotone piecewise-linear spline (Müller et al. 2019, with free widths).
 
     K widths and K heights, P = 2K; zero parameters give the identity up to rounding. The density
@@ -241,14 +261,6 @@ class Linear(AbstractElementwise):
         InputError: If an option has no meaning.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
-    bins: int = eqx.field(static=True)
-    interval: tuple[float, float] = eqx.field(static=True)
-    tails: Literal["identity", "linear"] | None = eqx.field(static=True)
-    min_width: float = eqx.field(static=True)
-    min_height: float = eqx.field(static=True)
-
     def __init__(
         self,
         bins: int = 8,
@@ -259,20 +271,11 @@ class Linear(AbstractElementwise):
         min_width: float = 1e-3,
         min_height: float = 1e-3,
     ):
-        _check_options("Linear", bins, interval, tails, min_width, min_height)
-        self.in_shape, self.bins = tuple(shape), bins
-        self.interval = (float(interval[0]), float(interval[1]))
-        self.tails = tails
-        self.min_width, self.min_height = min_width, min_height
-        self.params = jnp.zeros((2 * bins, *self.in_shape))
+        self._start(2 * bins, bins, shape, interval, tails, (min_width, min_height))
 
     def _run(self, params, point, search_y):
-        layout = _Layout(self.bins, None)
         inside = clip(point, *self.interval)
-        found = _search(
-            layout, self.interval, (self.min_width, self.min_height), search_y, inside, params
-        )
-        x_left, width, y_left, height = found
+        x_left, width, y_left, height = self._found(None, search_y, inside, params)
         if search_y:
             x_left, width, y_left, height = y_left, height, x_left, width
         theta = (inside - x_left) / width

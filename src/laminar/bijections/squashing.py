@@ -11,19 +11,13 @@ from typing import Literal, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.special import ndtr, ndtri
 
 from laminar._errors import InputError
+from laminar._floats import epsneg, finite, largest, log_sech2, tiny, unless
 from laminar._typing import Array, Shape
-from laminar.bijections.elementwise import (
-    AbstractElementwise,
-    _epsneg,
-    _finite,
-    _largest,
-    _log_sech2,
-    _tiny,
-    _unless,
-)
+from laminar.bijections.elementwise import AbstractFixed
 
 Law = Literal["normal", "cauchy", "gumbel"]
 
@@ -32,7 +26,7 @@ _LOG_PI = math.log(math.pi)
 _MOST_LOG_TANH = 2.0
 
 
-class Softclip(AbstractElementwise):
+class Softclip(AbstractFixed):
     """y = x / (1 + |x|/b), from ℝ to (−b, b), with log-det −2 ln(1 + |x|/b).
 
     Its tails approach the bound like 1/|x|, so that the inverse keeps far more of them than that of
@@ -46,34 +40,32 @@ class Softclip(AbstractElementwise):
         InputError: If the bound is not positive and finite.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     bound: float = eqx.field(static=True)
 
     def __init__(self, shape: Shape = (), *, bound: float = 1.0):
         if not 0 < bound < math.inf:
             raise InputError(f"Softclip: bound must be positive and finite, not {bound}.")
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
         self.bound = float(bound)
 
     def _edge(self, x: Array) -> float:
         """Inside the bound however the product is rounded."""
-        return self.bound * (1 - 2 * _epsneg(x))
+        return self.bound * (1 - 2 * epsneg(x))
 
     def forward_kernel(self, params, x):
         """``(x / (1 + |x|/b), −2 ln(1 + |x|/b))``."""
-        u = _finite(x / self.bound)
+        u = finite(x / self.bound)
         y = jnp.clip(self.bound * (u / (1 + jnp.abs(u))), -self._edge(x), self._edge(x))
-        return y, _unless(jnp.isinf(x), -2 * jnp.log1p(jnp.abs(u)))
+        return y, unless(jnp.isinf(x), -2 * jnp.log1p(jnp.abs(u)))
 
     def inverse_kernel(self, params, y):
         """``(y / (1 − |y|/b), −2 ln(1 − |y|/b))``; −inf outside (−b, b)."""
         safe = jnp.clip(y, -self._edge(y), self._edge(y))
         rest = 1 - jnp.abs(safe) / self.bound
-        return safe / rest, _unless(jnp.abs(y) >= self.bound, -2 * jnp.log(rest))
+        return safe / rest, unless(jnp.abs(y) >= self.bound, -2 * jnp.log(rest))
 
 
-class LogTanh(AbstractElementwise):
+class LogTanh(AbstractFixed):
     """tanh within ±c and a logarithm beyond: ℝ to ℝ, continuous with its derivative.
 
         y = ±(tanh c + c (1 − tanh² c) ln(|x|/c)),    log_det = ln(1 − tanh² c) − ln(|x|/c)
@@ -90,14 +82,12 @@ class LogTanh(AbstractElementwise):
         InputError: If the bound is not in (0, 2].
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     bound: float = eqx.field(static=True)
 
     def __init__(self, shape: Shape = (), *, bound: float = 1.0):
         if not 0 < bound <= _MOST_LOG_TANH:
             raise InputError(f"LogTanh: bound must lie in (0, {_MOST_LOG_TANH:g}], not {bound}.")
-        self.params, self.in_shape = jnp.zeros((0, *shape)), tuple(shape)
+        super().__init__(shape)
         self.bound = float(bound)
 
     @property
@@ -107,9 +97,9 @@ class LogTanh(AbstractElementwise):
     def forward_kernel(self, params, x):
         """``(tanh c ± factor · ln(|x|/c), ln(1 − tanh² c) − ln(|x|/c))`` beyond ±c."""
         near = jnp.clip(x, -self.bound, self.bound)
-        far = jnp.log(jnp.clip(jnp.abs(x) / self.bound, 1.0, _largest(x)))
+        far = jnp.log(jnp.clip(jnp.abs(x) / self.bound, 1.0, largest(x)))
         y = jnp.tanh(near) + jnp.where(x < 0, -far, far) * self._factor
-        return y, _unless(jnp.isinf(x), _log_sech2(near) - far)
+        return y, unless(jnp.isinf(x), log_sech2(near) - far)
 
     def inverse_kernel(self, params, y):
         """The inverse of the same two pieces."""
@@ -117,12 +107,12 @@ class LogTanh(AbstractElementwise):
         near = jnp.clip(y, -edge, edge)
         left, right = jnp.log1p(near), jnp.log1p(-near)
         far = jnp.maximum(jnp.abs(y) - edge, 0) / self._factor
-        size = self.bound * jnp.expm1(jnp.minimum(far, math.log(_largest(y)) - 2))
+        size = self.bound * jnp.expm1(jnp.minimum(far, math.log(largest(y)) - 2))
         x = 0.5 * (left - right) + jnp.where(y < 0, -size, size)
-        return x, _unless(jnp.isinf(y), far - left - right)
+        return x, unless(jnp.isinf(y), far - left - right)
 
 
-class CDF(AbstractElementwise):
+class CDF(AbstractFixed):
     r"""The distribution function of a law, from ℝ to (0, 1); the inverse is its quantile function.
 
         y = F(x),    log_det = ln p(x)
@@ -131,8 +121,8 @@ class CDF(AbstractElementwise):
     logistic law is `Sigmoid`, and ``Chain([Invert(Affine(loc, scale)), CDF(law)])`` is that of the
     law moved and scaled. The log-det keeps its digits in both tails, and y in the lower one, down
     to the smallest normal number; the last number before one is 1 − 6e-8 in float32, where y is
-    clamped. The quantiles of a Cauchy law end at about 7e17 in float32, where their slope would
-    overflow.
+    clamped. Quantiles of a Cauchy law beyond about 7e17 in float32 have a gradient of zero, since
+    their slope would overflow.
 
     Args:
         law: Whose distribution function.
@@ -142,24 +132,23 @@ class CDF(AbstractElementwise):
         InputError: If there is no such law.
     """
 
-    params: Array
-    in_shape: Shape = eqx.field(static=True)
     law: Law = eqx.field(static=True)
 
     def __init__(self, law: Law = "normal", shape: Shape = ()):
         if law not in get_args(Law):
             raise InputError(f"CDF: law must be one of {', '.join(get_args(Law))}, not {law!r}.")
-        self.params, self.in_shape, self.law = jnp.zeros((0, *shape)), tuple(shape), law
+        super().__init__(shape)
+        self.law = law
 
     def forward_kernel(self, params, x):
         """``(F(x), ln p(x))``."""
-        y, log_p = _LAWS[self.law][0](_finite(x))
-        return jnp.clip(y, _tiny(x), 1 - _epsneg(x)), _unless(jnp.isinf(x), log_p)
+        y, log_p = _LAWS[self.law][0](finite(x))
+        return jnp.clip(y, tiny(x), 1 - epsneg(x)), unless(jnp.isinf(x), log_p)
 
     def inverse_kernel(self, params, y):
         """``(F⁻¹(y), −ln p(F⁻¹(y)))``; −inf outside (0, 1)."""
-        x, log_det = _LAWS[self.law][1](jnp.clip(y, _tiny(y), 1 - _epsneg(y)))
-        return x, _unless((y <= 0) | (y >= 1), log_det)
+        x, log_det = _LAWS[self.law][1](jnp.clip(y, tiny(y), 1 - epsneg(y)))
+        return x, unless((y <= 0) | (y >= 1), log_det)
 
     @property
     def name(self) -> str:
@@ -184,13 +173,15 @@ def _cauchy(x: Array) -> tuple[Array, Array]:
 
 def _cauchy_quantile(y: Array) -> tuple[Array, Array]:
     rest = jnp.where(y > 0.5, 1 - y, y)
-    # The derivative of x is 1 / (π rest²), which must not overflow; the log-det stays that of y.
-    size = 1 / jnp.tan(math.pi * jnp.maximum(rest, 4 * math.sqrt(_tiny(y))))
+    # The derivative of x is 1 / (π rest²), which must not overflow: it is that of a clipped y, and
+    # zero beyond, while x itself goes on.
+    bent = 1 / jnp.tan(math.pi * jnp.maximum(rest, 4 * math.sqrt(tiny(y))))
+    size = lax.stop_gradient(1 / jnp.tan(math.pi * rest) - bent) + bent
     return jnp.where(y > 0.5, size, -size), _LOG_PI - 2 * jnp.log(jnp.sin(math.pi * rest))
 
 
 def _gumbel(x: Array) -> tuple[Array, Array]:
-    x = jnp.maximum(x, 1 - math.log(_largest(x)))  # where the rate would overflow
+    x = jnp.maximum(x, 1 - math.log(largest(x)))  # where the rate would overflow
     rate = jnp.exp(-x)
     return jnp.exp(-rate), -x - rate
 

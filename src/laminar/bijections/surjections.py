@@ -19,7 +19,7 @@ average a lower bound. It is tight where q is the posterior of what was lost. As
 import abc
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import equinox as eqx
 import jax
@@ -29,8 +29,9 @@ import jax.random as jr
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection, AbstractTransform, Exactness
-from laminar.nn.mlp import apply_network
+from laminar.bijections.base import AbstractBijection, Exactness
+from laminar.bijections.frames import AbstractShaped, AbstractTwoWay, as_shape, needed
+from laminar.nn.mlp import apply_network, joined
 
 
 class Law(Protocol):
@@ -60,7 +61,7 @@ class Law(Protocol):
     ) -> tuple[Array, Array]: ...
 
 
-class AbstractSurjection(AbstractTransform):
+class AbstractSurjection(AbstractTwoWay):
     """A map from a wide space to a narrow one, and a law for the way back.
 
     Attributes:
@@ -70,16 +71,11 @@ class AbstractSurjection(AbstractTransform):
     """
 
     if TYPE_CHECKING:
-        # A type checker would take abstract variables for constructor arguments.
         wide: Shape = eqx.field(init=False)
-        narrow: Shape = eqx.field(init=False)
-        loses: Direction = eqx.field(init=False)
     else:
         wide: eqx.AbstractVar[Shape]
-        narrow: eqx.AbstractVar[Shape]
-        loses: eqx.AbstractVar[Direction]
-
-    batch_last: ClassVar[bool] = True
+    narrow: Shape = eqx.field(static=True)
+    loses: Direction = eqx.field(static=True)
 
     @abc.abstractmethod
     def drop(self, z: Array, condition: Condition, key: PRNGKeyArray | None) -> tuple[Array, Array]:
@@ -118,10 +114,7 @@ class AbstractSurjection(AbstractTransform):
 
     def _run(self, direction: Direction, x, condition, key):
         # A condition that is needed and missing must not be taken for none.
-        if self.cond_shape is None:
-            condition = None
-        elif condition is None:
-            raise ShapeError(f"{self.name} needs a condition of shape {self.cond_shape}; got none.")
+        condition = needed(self, condition)
         if direction == self.loses:
             return self.drop(x, condition, key)
         if key is None:
@@ -130,14 +123,6 @@ class AbstractSurjection(AbstractTransform):
             )
         z, log_q = self.draw(x, condition, key)
         return z, -log_q
-
-    def forward(self, x, condition=None, *, key=None):
-        """``(drop(x), ln q)`` if it loses, else ``(draw(x), −ln q)``."""
-        return self._run("forward", x, condition, key)
-
-    def inverse(self, y, condition=None, *, key=None):
-        """``(draw(y), −ln q)`` if forward loses, else ``(drop(y), ln q)``."""
-        return self._run("inverse", y, condition, key)
 
 
 class Slice(AbstractSurjection):
@@ -164,9 +149,7 @@ class Slice(AbstractSurjection):
     """
 
     law: Law | Frozen[Law]
-    narrow: Shape = eqx.field(static=True)
     cond_shape: Shape | None = eqx.field(static=True)
-    loses: Direction = eqx.field(static=True)
 
     def __init__(
         self,
@@ -177,7 +160,7 @@ class Slice(AbstractSurjection):
         cond_dim: int = 0,
     ):
         self.law, self.loses = law, loses
-        self.narrow = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.narrow = as_shape(shape)
         self.cond_shape = (cond_dim,) if cond_dim else None
         q, taken = self._law, math.prod(self.narrow) + cond_dim
         if q.exactness != "exact":
@@ -208,10 +191,7 @@ class Slice(AbstractSurjection):
             return None
         batch = x.shape[len(self.narrow) :]
         kept = x.reshape((math.prod(self.narrow), *batch))
-        if condition is None:
-            return kept
-        shared = jnp.broadcast_to(expand(condition, kept.ndim), condition.shape[:1] + batch)
-        return jnp.concatenate([kept, shared])
+        return kept if condition is None else joined(kept, condition)
 
     def drop(self, z, condition, key):
         """``(x, ln q(u | x))``."""
@@ -251,9 +231,7 @@ class AbsoluteValue(AbstractSurjection):
 
     logits: Array | None
     net: Callable | None
-    narrow: Shape = eqx.field(static=True)
     cond_shape: Shape | None = eqx.field(static=True)
-    loses: Direction = eqx.field(static=True)
 
     def __init__(
         self,
@@ -263,7 +241,7 @@ class AbsoluteValue(AbstractSurjection):
         net: Callable | None = None,
         cond_dim: int = 0,
     ):
-        self.narrow = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.narrow = as_shape(shape)
         self.net, self.loses = net, loses
         self.cond_shape = (cond_dim,) if cond_dim else None
         if loses == "forward" and net is not None:
@@ -271,11 +249,6 @@ class AbsoluteValue(AbstractSurjection):
         if cond_dim and net is None:
             raise InputError("AbsoluteValue: nothing takes the condition without a network.")
         self.logits = None if loses == "forward" else jnp.zeros(self.narrow)
-
-    @property
-    def wide(self) -> Shape:
-        """The same shape."""
-        return self.narrow
 
     def _log_odds(self, x: Array, condition: Condition) -> Array:
         """Of a positive sign, for each entry."""
@@ -290,6 +263,11 @@ class AbsoluteValue(AbstractSurjection):
     def _log_q(self, positive: Array, odds: Array) -> Array:
         events = tuple(range(len(self.narrow)))
         return jax.nn.log_sigmoid(jnp.where(positive, odds, -odds)).sum(events)
+
+    @property
+    def wide(self) -> Shape:
+        """Equal to the narrow shape."""
+        return self.narrow
 
     def drop(self, z, condition, key):
         """``(|z|, ln q(signs | |z|))``."""
@@ -319,26 +297,25 @@ class Sort(AbstractSurjection):
         shape: ``(N,)`` for numbers, ``(N, …)`` for rows; or N.
         loses: The direction that loses.
 
-    Outside the narrow space rows are not sorted; they are taken as if they were.
+    Where rows of the narrow side are not sorted they are taken as if they were, and the log-det is
+    −inf.
 
     Raises:
         InputError: If `loses` is no direction, or a key is missing.
         ShapeError: If an event has no rows.
     """
 
-    narrow: Shape = eqx.field(static=True)
-    loses: Direction = eqx.field(static=True)
     cond_shape: None = eqx.field(static=True)
 
     def __init__(self, shape: Shape | int, *, loses: Direction):
-        self.narrow = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.narrow = as_shape(shape)
         self.loses, self.cond_shape = loses, None
         if not self.narrow:
             raise ShapeError("Sort needs events with at least one axis.")
 
     @property
     def wide(self) -> Shape:
-        """The same shape."""
+        """Equal to the narrow shape."""
         return self.narrow
 
     def _first(self, z: Array) -> Array:
@@ -367,7 +344,7 @@ class Sort(AbstractSurjection):
         return self._reordered(x, order), jnp.where(outside, jnp.inf, self._log_q(x))
 
 
-class Ordered(AbstractBijection):
+class Ordered(AbstractShaped, AbstractBijection):
     r"""From ℝ^D to increasing vectors: y_1 = x_1, y_k = y_{k−1} + exp(x_k).
 
         log_det = Σ_{k ≥ 2} x_k
@@ -382,19 +359,10 @@ class Ordered(AbstractBijection):
         ShapeError: If `dim` is not positive.
     """
 
-    in_shape: Shape = eqx.field(static=True)
-    cond_shape: None = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
-
     def __init__(self, dim: int):
         if dim < 1:
             raise ShapeError(f"Ordered: dim must be at least 1, not {dim}.")
-        self.in_shape, self.cond_shape = (dim,), None
-
-    @property
-    def out_shape(self) -> Shape:
-        """Equal to ``in_shape``."""
-        return self.in_shape
+        super().__init__(dim)
 
     def forward(self, x, condition=None, *, key=None):
         """``(cumulative sum of x_1, exp(x_2), …, Σ_{k ≥ 2} x_k)``."""

@@ -16,19 +16,17 @@ import jax.tree_util as jtu
 from laminar._errors import ShapeError
 from laminar._params import Frozen, partition
 from laminar._typing import Array, Shape
-from laminar.bijections.base import AbstractTransform, Invert, call
-from laminar.bijections.elementwise import AbstractElementwise
+from laminar.bijections.base import AbstractTransform, Invert, call, check_transform
+from laminar.bijections.elementwise import AbstractElementwise, AbstractParametric
 
 
-class Adapted(AbstractElementwise):
+class Adapted(AbstractParametric):
     """A scalar bijection with its trained leaves laid out as the parameter vector of a kernel.
 
     Made by `as_elementwise`.
     """
 
-    params: Array
     inner: Frozen[AbstractTransform]
-    in_shape: Shape = eqx.field(static=True)
 
     def __init__(self, params: Array, inner: Frozen[AbstractTransform], in_shape: Shape = ()):
         self.params, self.inner, self.in_shape = params, inner, in_shape
@@ -63,7 +61,7 @@ class Adapted(AbstractElementwise):
         return self.inner.tree.name
 
 
-class Composed(AbstractElementwise):
+class Composed(AbstractParametric):
     """Scalar maps one after the other as a single kernel, with their parameters end to end.
 
     Args:
@@ -73,10 +71,8 @@ class Composed(AbstractElementwise):
         ShapeError: If there is none, or the shapes differ.
     """
 
-    params: Array
     parts: Frozen[tuple[AbstractElementwise, ...]]
     counts: tuple[int, ...] = eqx.field(static=True)
-    in_shape: Shape = eqx.field(static=True)
 
     def __init__(self, parts: Sequence[AbstractElementwise]):
         shapes = {part.in_shape for part in parts}
@@ -114,7 +110,7 @@ class Composed(AbstractElementwise):
         return " + ".join(part.name for part in self.parts.tree)
 
 
-class Inverted(AbstractElementwise):
+class Inverted(AbstractParametric):
     """A scalar map with its two kernels exchanged and the same parameters.
 
     What `as_elementwise` makes of ``Invert(map)``: the template of a layer whose dense pass should
@@ -124,9 +120,7 @@ class Inverted(AbstractElementwise):
         part: The elementwise map.
     """
 
-    params: Array
     part: Frozen[AbstractElementwise]
-    in_shape: Shape = eqx.field(static=True)
 
     def __init__(self, part: AbstractElementwise):
         self.params, self.in_shape = part.params, part.in_shape
@@ -184,6 +178,7 @@ def as_template(
     Raises:
         ShapeError: If the template is not scalar, or the count does not fit it.
     """
+    check_transform(owner, template)
     if template.in_shape != () or template.out_shape != ():
         raise ShapeError(
             f"{owner}: the template must be a scalar map of shape (), and {template.name} maps "

@@ -6,11 +6,15 @@ What is said of a row comes from trees that have not seen it: the law of the res
 of new rows.
 """
 
+import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 _SMALL = 2_000  # rows; fewer get several kinds of trees
+_ONE_THREAD = 20_000  # rows up to which threads wait for one another longer than they work
 _FLOOR = 0.1  # of the residuals' size, in medians of it: logarithms of less say nothing
 _SHRINK = 20.0  # rows that the common scale is worth, beside the trees'
 
@@ -46,10 +50,11 @@ class Trees(NamedTuple):
 
     def __call__(self, x: np.ndarray) -> Around:
         """What is said of new rows: the mean over folds."""
-        each = np.array([[model.predict(x) for model in fitted] for fitted in self.kinds])
+        with _threads(len(x)):
+            each = np.array([[model.predict(x) for model in fitted] for fitted in self.kinds])
+            log_scale = np.mean([model.predict(x) for model in self.scales], axis=0)
         kinds = each.mean(axis=1).T
         variance = np.tensordot(self.shares, each, 1).var(axis=0)
-        log_scale = np.mean([model.predict(x) for model in self.scales], axis=0)
         return Around(kinds, kinds @ self.shares, log_scale, variance)
 
 
@@ -82,12 +87,27 @@ def fit_trees(
 def _out_of_fold(make, x, y, weights, folds) -> tuple[tuple[Any, ...], np.ndarray]:
     """A model for each fold, without its rows, and what it says of them."""
     models, held = [], np.empty(len(x))
-    for fold in range(int(folds.max()) + 1):
-        mine = folds == fold
-        model = make().fit(x[~mine], y[~mine], sample_weight=weights[~mine])
-        held[mine] = model.predict(x[mine])
-        models.append(model)
+    with _threads(len(x)):
+        for fold in range(int(folds.max()) + 1):
+            mine = folds == fold
+            model = make().fit(x[~mine], y[~mine], sample_weight=weights[~mine])
+            held[mine] = model.predict(x[mine])
+            models.append(model)
     return tuple(models), held
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    from sklearn.ensemble import _hist_gradient_boosting  # noqa: F401  (loads the threads' library)
+
+    return ThreadpoolController()
+
+
+def _threads(rows: int) -> AbstractContextManager:
+    """Keeps trees of few rows to one thread: several spin while others use the cores."""
+    if rows > _ONE_THREAD:
+        return nullcontext()
+    return _controller().limit(limits=1, user_api="openmp")
 
 
 def _makers(rows: int, seed: int) -> list:

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from laminar._errors import TrainingError
+from laminar._lengths import bucket
 from laminar._typing import Array, PRNGKeyArray
 from laminar.estimators.law import TAIL_DF, make_law, make_members
 from laminar.flow import Flow
@@ -27,6 +28,7 @@ from laminar.train.mixtures import apply_knots, fit_knots, stack
 from laminar.train.state import Recipe, TrainState, init, step
 
 _LEAST_TAIL = 1e-4
+_LEAST_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +191,9 @@ class _Rows(NamedTuple):
     @classmethod
     def make(cls, value, condition, weights, folds, dtype) -> "_Rows":
         """Pad and cast rows of the host."""
-        length, members = _bucket(len(value)), int(folds.max()) + 1
+        length, members = bucket(len(value), _LEAST_ROWS, doubled=_LEAST_ROWS), int(folds.max()) + 1
         sizes = np.bincount(folds, minlength=members)
-        width = _bucket(int(sizes.max()))
+        width = bucket(int(sizes.max()), _LEAST_ROWS, doubled=_LEAST_ROWS)
         train = np.zeros((members, length), np.int32)
         held = np.zeros((members, width), np.int32)
         held_weights = np.zeros((members, width))
@@ -222,16 +224,6 @@ class _Plan(NamedTuple):
 
     every: Array
     patience: Array
-
-
-def _bucket(rows: int) -> int:
-    """The least of 64, 96, 128, 192, 256, … that is not less."""
-    length = 64
-    while length < rows:
-        if rows <= length + length // 2:
-            return length + length // 2
-        length *= 2
-    return length
 
 
 @eqx.filter_jit

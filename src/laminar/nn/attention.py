@@ -7,7 +7,7 @@ no token is computed twice.
 
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import equinox as eqx
 import jax
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 
-from laminar._errors import InputError, ShapeError
+from laminar._checks import check_sizes
+from laminar._errors import InputError
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.nn.masked import Step, as_order
-from laminar.nn.mlp import Activation, Dense, activation_gain, affine, resolve_activation
+from laminar.nn.mlp import Activation, Dense, activation_gain, affine, resolve_activation, taken
 
 _EXPANSION = 4
 _SMALL = 1e-5
@@ -166,9 +167,7 @@ class CausalTransformer(eqx.Module):
         order: Array | None = None,
     ):
         sizes = {"features": features, "length": length, "params": params, "width": width}
-        for name, value in {**sizes, "depth": depth, "heads": heads}.items():
-            if value < 1:
-                raise InputError(f"CausalTransformer: {name} must be at least 1, not {value}.")
+        check_sizes("CausalTransformer", **sizes, depth=depth, heads=heads)
         if width % heads or cond_dim < 0:
             raise InputError(
                 f"CausalTransformer: heads must divide the width and cond_dim be 0 or more; got "
@@ -204,11 +203,7 @@ class CausalTransformer(eqx.Module):
         """What is added to every token, ``(width, B)`` or ``(width, 1)``."""
         if self.condition_first is None:
             return jnp.zeros((self.width, 1), dtype)
-        if condition is None or condition.shape[:1] != (self.cond_dim,):
-            got = "none" if condition is None else str(condition.shape)
-            raise ShapeError(
-                f"CausalTransformer takes a condition ({self.cond_dim},) + batch and got {got}."
-            )
+        condition = cast(Array, taken("CausalTransformer", condition, self.cond_shape))
         return self.condition_first(condition).reshape((self.width, -1))
 
     def _parameters(self, h: Array, offset: Array | None) -> Array:

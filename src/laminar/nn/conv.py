@@ -7,7 +7,7 @@ of matrices over shifted copies of the input.
 """
 
 import math
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
@@ -22,9 +23,11 @@ from laminar.nn.mlp import (
     Activation,
     Dense,
     activation_gain,
-    affine,
     film_layer,
+    joined,
     resolve_activation,
+    shaped,
+    taken,
 )
 
 
@@ -114,9 +117,7 @@ class GatedBlock(eqx.Module):
         a = activation_gain(activation)
         self.inner = Conv(width, width, kernel, key=inner_key, gain=a)
         self.outer = Dense(width, 2 * width, key=outer_key, gain=2 * a * gain)
-        self.film = None
-        if film_dim:
-            self.film = film_layer(film_dim, width, key=film_key)
+        self.film = film_layer(film_dim, width, key=film_key) if film_dim else None
 
     def __call__(self, h: Array, condition: Array | None = None) -> Array:
         """``(width, *space, *batch) -> (width, *space, *batch)``."""
@@ -172,9 +173,7 @@ class ConvNet(eqx.Module):
         cond_shape: Shape | None = None,
         activation: str | Activation = jax.nn.relu,
     ):
-        for name, value in {"width": width, "depth": depth}.items():
-            if value < 1:
-                raise InputError(f"ConvNet: {name} must be at least 1, not {value}.")
+        check_sizes("ConvNet", width=width, depth=depth)
         space = in_shape[1:]
         held, *where = cond_shape or (0,)
         if where and tuple(where) != space:
@@ -220,24 +219,13 @@ class ConvNet(eqx.Module):
         rank = len(self.in_shape)
         if x.shape[:rank] != self.in_shape:
             raise ShapeError(f"ConvNet takes an input {self.in_shape} + batch and got {x.shape}.")
-        wanted = self.cond_shape
-        if wanted is None:
-            condition = None
-        elif condition is None or condition.shape[: len(wanted)] != wanted:
-            got = "none" if condition is None else str(condition.shape)
-            raise ShapeError(f"ConvNet takes a condition {wanted} + batch and got {got}.")
-        if wanted is not None and condition is not None and len(wanted) > 1:
-            beside = expand(condition, x.ndim)
-            beside = jnp.broadcast_to(beside, (wanted[0], *x.shape[1:]))
-            x, condition = jnp.concatenate([x, beside]), None
+        condition = taken("ConvNet", condition, self.cond_shape)
+        if condition is not None and len(self.cond_shape or ()) > 1:
+            x, condition = joined(x, condition), None
         h = self.first(x)
         for block in self.blocks:
             h = block(h, condition)
-        bias = cast(Array, self.head.bias).reshape(self.out_shape)
-        if offset is not None:
-            bias = bias + expand(offset, bias.ndim)
-        weight = self.head.weight.reshape((*self.out_shape, self.head.weight.shape[1]))
-        return affine(weight, bias, self.activation(h))
+        return shaped(self.head, self.out_shape, self.activation(h), offset)
 
 
 def over_space(value: Array, rank: int, ndim: int) -> Array:

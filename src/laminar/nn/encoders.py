@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
@@ -75,7 +76,7 @@ class SetEncoder(eqx.Module):
     ):
         if pool not in get_args(Pool):
             raise InputError(f"SetEncoder: pool must be 'mean_max' or 'attention', not {pool!r}.")
-        _check("SetEncoder", dim=dim, out_dim=out_dim, size=size, width=width, heads=heads)
+        check_sizes("SetEncoder", dim=dim, out_dim=out_dim, size=size, width=width, heads=heads)
         if pool == "attention" and width % heads:
             raise InputError(f"SetEncoder: {heads} heads do not divide a width of {width}.")
         each_key, score_key, out_key = jr.split(key, 3)
@@ -161,7 +162,7 @@ class SequenceEncoder(eqx.Module):
         depth: int = 1,
         activation: str | Activation = "silu",
     ):
-        _check("SequenceEncoder", dim=dim, out_dim=out_dim, length=length, width=width)
+        check_sizes("SequenceEncoder", dim=dim, out_dim=out_dim, length=length, width=width)
         in_key, across_key, out_key = jr.split(key, 3)
         self.inward = Dense(dim, 3 * width, key=in_key)
         self.across = Dense(width, 3 * width, key=across_key)
@@ -247,7 +248,7 @@ class ImageEncoder(eqx.Module):
                 f"ImageEncoder: images have a grid and channels, and {shape} is their shape; there "
                 f"must be stages, and their channels are {channels}."
             )
-        _check("ImageEncoder", out_dim=out_dim, kernel=kernel, size=min(*shape, *channels))
+        check_sizes("ImageEncoder", out_dim=out_dim, kernel=kernel, size=min(*shape, *channels))
         self.in_shape, self.activation = tuple(shape), resolve_activation(activation)
         gain, grid = activation_gain(self.activation), (kernel,) * (len(shape) - 1)
         *keys, out_key = jr.split(key, 3 * len(channels) + 1)
@@ -290,9 +291,3 @@ class ImageEncoder(eqx.Module):
         positions = tuple(range(1, rank))
         pooled = jnp.concatenate([h.mean(positions), h.max(positions)], axis=-1)
         return self.out(pooled.T.reshape((-1, *batch)))
-
-
-def _check(owner: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 from jax import lax
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, positive
 from laminar._typing import Array, PRNGKeyArray, Shape
@@ -102,7 +103,86 @@ class Contraction(eqx.Module):
         return push, pull
 
 
-class LipschitzMLP(eqx.Module):
+class AbstractLipschitz(eqx.Module):
+    """A network g of events to the like with |g(x) − g(x′)| ≤ L |x − x′| at any parameters.
+
+    Attributes:
+        shape: Shape of an event, ``(D,)`` or ``(C, *space)``.
+    """
+
+    weights: tuple[Array, ...]
+    biases: tuple[Array, ...]
+    raw_slopes: tuple[Array, ...]
+    cond: Array | None
+    cond_dim: int = eqx.field(static=True)
+    lipschitz: float = eqx.field(static=True)
+    if TYPE_CHECKING:
+        # A type checker would take an abstract variable for an argument of the constructor.
+        shape: Shape = eqx.field(init=False)
+    else:
+        shape: eqx.AbstractVar[Shape]
+    batch_last: ClassVar[bool] = True
+
+    def _start(
+        self,
+        sizes: list[int],
+        kernels: list[Shape],
+        cond_dim: int,
+        lipschitz: float,
+        key: PRNGKeyArray,
+    ) -> None:
+        """Draw layers between these sizes, each with the lengths of its kernel."""
+        if cond_dim < 0 or not 0 < lipschitz < 1:
+            raise InputError(
+                f"{type(self).__name__}: cond_dim must be 0 or more and lipschitz in (0, 1), not "
+                f"{cond_dim} and {lipschitz}."
+            )
+        cond_key, key = jr.split(key)
+        depth = len(kernels) - 1
+        weights = [
+            jr.normal(k, (out, into, *kernel)) / math.sqrt(into * math.prod(kernel))
+            for k, into, out, kernel in zip(
+                jr.split(key, depth), sizes[:-2], sizes[1:-1], kernels[:-1], strict=True
+            )
+        ]
+        self.weights = (*weights, jnp.zeros((*sizes[:-3:-1], *kernels[-1])))
+        self.biases = tuple(jnp.zeros(size) for size in sizes[1:])
+        self.raw_slopes = tuple(jnp.zeros(()) for _ in range(depth))
+        self.cond = None
+        if cond_dim:
+            self.cond = jr.normal(cond_key, (sizes[1], cond_dim)) / math.sqrt(cond_dim)
+        self.cond_dim, self.lipschitz = cond_dim, float(lipschitz)
+
+    @property
+    def cond_shape(self) -> Shape | None:
+        """``(cond_dim,)``, or None without a condition."""
+        return (self.cond_dim,) if self.cond_dim else None
+
+    def at(self, condition: Array | None = None) -> Contraction:
+        """The network of flat events with weights made to keep the bound, once for many calls.
+
+        Args:
+            condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
+        """
+        kappa, space = self.lipschitz ** (1 / len(self.weights)), self.shape[1:]
+        first, *rest = self.biases
+        if self.cond is not None:
+            if condition is None:
+                owner = type(self).__name__
+                raise InputError(f"{owner} needs a condition ({self.cond_dim},), got none.")
+            term = matmul(self.cond, condition)
+            first = expand(first, term.ndim) + term
+        weights = tuple(_bounded(w, kappa, space) for w in self.weights)
+        biases = tuple(jnp.repeat(b, math.prod(space), axis=0) for b in (first, *rest))
+        return Contraction(weights, biases, tuple(positive(raw) for raw in self.raw_slopes), space)
+
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        """The network, ``shape + batch`` to the same."""
+        flat = x.reshape((math.prod(self.shape), *x.shape[len(self.shape) :]))
+        return self.at(condition)(flat).reshape(x.shape)
+
+
+class LipschitzMLP(AbstractLipschitz):
     r"""A network g of (D,) to (D,) with |g(x) − g(x′)| ≤ L |x − x′| at any parameters.
 
         g = W_n a(W_{n−1} … a(W_1 x + V c + b_1) …) + b_n,    a(s) = s σ(βs) / 1.1
@@ -123,14 +203,7 @@ class LipschitzMLP(eqx.Module):
         InputError: If a size or L is out of range.
     """
 
-    weights: tuple[Array, ...]
-    biases: tuple[Array, ...]
-    raw_slopes: tuple[Array, ...]
-    cond: Array | None
     dim: int = eqx.field(static=True)
-    cond_dim: int = eqx.field(static=True)
-    lipschitz: float = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -142,36 +215,18 @@ class LipschitzMLP(eqx.Module):
         cond_dim: int = 0,
         lipschitz: float = 0.9,
     ):
-        _check("LipschitzMLP", cond_dim, lipschitz, dim=dim, width=width, depth=depth)
+        check_sizes("LipschitzMLP", dim=dim, width=width, depth=depth)
+        self.dim = dim
         sizes = [dim, *[width] * depth, dim]
-        drawn = _initial(sizes, [()] * (depth + 1), cond_dim, key)
-        self.weights, self.biases, self.raw_slopes, self.cond = drawn
-        self.dim, self.cond_dim, self.lipschitz = dim, cond_dim, float(lipschitz)
+        self._start(sizes, [()] * (depth + 1), cond_dim, lipschitz, key)
 
     @property
     def shape(self) -> Shape:
         """``(dim,)``."""
         return (self.dim,)
 
-    @property
-    def cond_shape(self) -> Shape | None:
-        """``(cond_dim,)``, or None without a condition."""
-        return (self.cond_dim,) if self.cond_dim else None
 
-    def at(self, condition: Array | None = None) -> Contraction:
-        """The network with its weights made to keep the bound, which is done once for many calls.
-
-        Args:
-            condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
-        """
-        return _at(self, condition, ())
-
-    def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        """The network, ``(D, *batch) -> (D, *batch)``."""
-        return self.at(condition)(x)
-
-
-class LipschitzConv(eqx.Module):
+class LipschitzConv(AbstractLipschitz):
     r"""A convolutional g of (C, *space) to itself with |g(x) − g(x′)| ≤ L |x − x′|.
 
     A `LipschitzMLP` of channels, whose first and last W are convolutions while those between act at
@@ -198,14 +253,7 @@ class LipschitzConv(eqx.Module):
         ShapeError: If there is no axis of space.
     """
 
-    weights: tuple[Array, ...]
-    biases: tuple[Array, ...]
-    raw_slopes: tuple[Array, ...]
-    cond: Array | None
     shape: Shape = eqx.field(static=True)
-    cond_dim: int = eqx.field(static=True)
-    lipschitz: float = eqx.field(static=True)
-    batch_last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -221,7 +269,7 @@ class LipschitzConv(eqx.Module):
         channels, *space = self.shape = tuple(shape)
         if not space:
             raise ShapeError(f"LipschitzConv takes events (C, *space), not {self.shape}.")
-        _check("LipschitzConv", cond_dim, lipschitz, channels=channels, width=width, depth=depth)
+        check_sizes("LipschitzConv", channels=channels, width=width, depth=depth)
         if kernel < 1 or kernel % 2 == 0 or kernel > min(space):
             raise InputError(
                 f"LipschitzConv: the kernel needs an odd length of at most {min(space)}, the "
@@ -229,70 +277,7 @@ class LipschitzConv(eqx.Module):
             )
         window = (kernel,) * len(space)
         kernels = [window, *[()] * (depth - 1), window]
-        drawn = _initial([channels, *[width] * depth, channels], kernels, cond_dim, key)
-        self.weights, self.biases, self.raw_slopes, self.cond = drawn
-        self.cond_dim, self.lipschitz = cond_dim, float(lipschitz)
-
-    @property
-    def cond_shape(self) -> Shape | None:
-        """``(cond_dim,)``, or None without a condition."""
-        return (self.cond_dim,) if self.cond_dim else None
-
-    def at(self, condition: Array | None = None) -> Contraction:
-        """The network of flat events with its weights made to keep the bound.
-
-        Args:
-            condition: ``(cond_dim,)`` or ``(cond_dim, *batch)``.
-        """
-        return _at(self, condition, self.shape[1:])
-
-    def __call__(self, x: Array, condition: Array | None = None) -> Array:
-        """The network, ``shape + batch`` to the same."""
-        flat = x.reshape((math.prod(self.shape), *x.shape[len(self.shape) :]))
-        return self.at(condition)(flat).reshape(x.shape)
-
-
-def _check(owner: str, cond_dim: int, lipschitz: float, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
-    if cond_dim < 0 or not 0 < lipschitz < 1:
-        raise InputError(
-            f"{owner}: cond_dim must be 0 or more and lipschitz in (0, 1), not {cond_dim} and "
-            f"{lipschitz}."
-        )
-
-
-def _initial(sizes: list[int], kernels: list[Shape], cond_dim: int, key: PRNGKeyArray):
-    """Weights, biases, slopes and the condition's weight of layers between these sizes."""
-    cond_key, key = jr.split(key)
-    depth = len(kernels) - 1
-    weights = [
-        jr.normal(k, (out, into, *kernel)) / math.sqrt(into * math.prod(kernel))
-        for k, into, out, kernel in zip(
-            jr.split(key, depth), sizes[:-2], sizes[1:-1], kernels[:-1], strict=True
-        )
-    ]
-    weights.append(jnp.zeros((*sizes[:-3:-1], *kernels[-1])))
-    biases = tuple(jnp.zeros(size) for size in sizes[1:])
-    cond = None
-    if cond_dim:
-        cond = jr.normal(cond_key, (sizes[1], cond_dim)) / math.sqrt(cond_dim)
-    return tuple(weights), biases, tuple(jnp.zeros(()) for _ in range(depth)), cond
-
-
-def _at(net: LipschitzMLP | LipschitzConv, condition: Array | None, space: Shape) -> Contraction:
-    kappa = net.lipschitz ** (1 / len(net.weights))
-    first, *rest = net.biases
-    if net.cond is not None:
-        if condition is None:
-            owner = type(net).__name__
-            raise InputError(f"{owner} needs a condition ({net.cond_dim},), got none.")
-        term = matmul(net.cond, condition)
-        first = expand(first, term.ndim) + term
-    weights = tuple(_bounded(w, kappa, space) for w in net.weights)
-    biases = tuple(jnp.repeat(b, math.prod(space), axis=0) for b in (first, *rest))
-    return Contraction(weights, biases, tuple(positive(raw) for raw in net.raw_slopes), space)
+        self._start([channels, *[width] * depth, channels], kernels, cond_dim, lipschitz, key)
 
 
 def _bounded(weight: Array, kappa: float, space: Shape) -> Array:

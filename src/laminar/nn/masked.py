@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, ArrayLike, PRNGKeyArray, Shape
@@ -117,9 +118,7 @@ class MaskedMLP(eqx.Module):
         features: Sequence[int] | None = None,
         key: PRNGKeyArray,
     ):
-        for name, value in {"dim": dim, "params": params, "width": width, "depth": depth}.items():
-            if value < 1:
-                raise InputError(f"MaskedMLP: {name} must be at least 1, not {value}.")
+        check_sizes("MaskedMLP", dim=dim, params=params, width=width, depth=depth)
         self.dim, self.params, self.width, self.depth = dim, params, width, depth
         self.cond_dim, self.residual, self.activation = cond_dim, residual, activation
         self.periodic = periodic
@@ -318,13 +317,7 @@ class MaskedMLP(eqx.Module):
         xs = {
             "y_start": index[:, 0] if alone else jnp.asarray(y_start),
             "y_valid": jnp.asarray(y_valid),
-            "start": jnp.asarray(start),
-            "valid": jnp.asarray(valid),
             "x": x[index],
-            "first": first[rows],
-            "offset": condition_term[rows],
-            "hidden": [jnp.pad(w[rows], columns) for w in hidden],
-            "hidden_bias": [b[rows] for b in self.hidden_bias],
             "head": jnp.concatenate(
                 [
                     jnp.pad(jnp.moveaxis(head[:, index], 1, 0), [(0, 0), *columns]),
@@ -333,29 +326,17 @@ class MaskedMLP(eqx.Module):
                 -1,
             ),
             "bias": biases,
+            **self._rows(rows, start, valid, first, hidden, condition_term),
         }
 
         def body(carry, at):
             y, log_det, stores = carry
-            stores = list(stores)
-
-            def put(j, a):
-                # Rows past the end of this degree's block belong to later degrees, which are
-                # still zero in the store.
-                a = jnp.where(expand(at["valid"], ndim), a, 0)
-                stores[j] = lax.dynamic_update_slice_in_dim(stores[j], a, at["start"], 0)
-                return stores[j]
-
-            def product(j, a):
-                bias = expand(at["hidden_bias"][j], ndim)
-                return matmul(at["hidden"][j], put(j, a)) + bias
 
             def only_own(values):
                 # Likewise inputs past the end of this step, whose parameters are not final.
                 return values if even else jnp.where(expand(at["y_valid"], ndim), values, 0)
 
-            h = matmul(at["first"], self._seen(y)) + at["offset"]
-            h = put(-1, self._body(h, product))
+            h, stores = self._advance(at, self._seen(y), stores)
             theta = matmul(at["head"], h)
             theta = theta if folded else theta + expand(at["bias"], ndim + 1)
             if alone:  # kernels are faster without an axis of size one
@@ -363,7 +344,7 @@ class MaskedMLP(eqx.Module):
             else:
                 y_now, log_det_now = (only_own(v) for v in step(theta, only_own(at["x"])))
             y = lax.dynamic_update_slice_in_dim(y, y_now, at["y_start"], 0)
-            return (y, log_det + log_det_now.sum(0), tuple(stores)), None
+            return (y, log_det + log_det_now.sum(0), stores), None
 
         store = jnp.zeros((self.width + padding, *batch), x.dtype)
         last = jnp.concatenate([store, jnp.ones((1, *batch), x.dtype)])
@@ -371,6 +352,35 @@ class MaskedMLP(eqx.Module):
         if alone:
             return y, log_det
         return jnp.take(y, self.order, axis=0, unique_indices=True, mode="clip"), log_det
+
+    def _rows(self, rows, start, valid, first, hidden, offset) -> dict[str, Any]:
+        """What `_advance` takes at each step: the weights of the units that it makes final."""
+        columns = [(0, 0), (0, 0), (0, _overhang(rows, start, self.width))]
+        return {
+            "start": jnp.asarray(start),
+            "valid": jnp.asarray(valid),
+            "first": first[rows],
+            "offset": offset[rows],
+            "hidden": [jnp.pad(w[rows], columns) for w in hidden],
+            "hidden_bias": [b[rows] for b in self.hidden_bias],
+        }
+
+    def _advance(self, at: dict[str, Any], seen: Array, stores: tuple[Array, ...]):
+        """All last hidden units after a step, and the units of every layer."""
+        kept, ndim = list(stores), seen.ndim
+
+        def put(j, a):
+            # Rows past the end of this degree's block belong to later degrees, which are still
+            # zero in the store.
+            a = jnp.where(expand(at["valid"], ndim), a, 0)
+            kept[j] = lax.dynamic_update_slice_in_dim(kept[j], a, at["start"], 0)
+            return kept[j]
+
+        def product(j, a):
+            return matmul(at["hidden"][j], put(j, a)) + expand(at["hidden_bias"][j], ndim)
+
+        h = put(-1, self._body(matmul(at["first"], seen) + at["offset"], product))
+        return h, tuple(kept)
 
     def columns(
         self,
@@ -408,34 +418,19 @@ class MaskedMLP(eqx.Module):
         sizes = jnp.asarray(counts)[place]
         moves = {
             "begin": jnp.cumsum(sizes) - sizes,
-            "start": jnp.asarray(start),
-            "valid": jnp.asarray(valid),
-            "first": first[rows],
-            "offset": self._condition_term(condition, ndim)[rows],
-            "hidden": [jnp.pad(w[rows], [(0, 0), (0, 0), (0, padding)]) for w in hidden],
-            "hidden_bias": [b[rows] for b in self.hidden_bias],
             "head": jnp.pad(jnp.moveaxis(head[:, place], 1, 0), [(0, 0), (0, 0), (0, padding)]),
             "bias": self.head_bias[:, place].T,
             "x": jtu.tree_map(lambda x: x[place], xs),
+            **self._rows(rows, start, valid, first, hidden, self._condition_term(condition, ndim)),
         }
 
         def body(carry, at):
-            seen, stores = carry[0], list(carry[1])
-
-            def put(j, a):
-                a = jnp.where(expand(at["valid"], ndim), a, 0)
-                stores[j] = lax.dynamic_update_slice_in_dim(stores[j], a, at["start"], 0)
-                return stores[j]
-
-            def product(j, a):
-                bias = expand(at["hidden_bias"][j], ndim)
-                return matmul(at["hidden"][j], put(j, a)) + bias
-
-            h = put(-1, self._body(matmul(at["first"], seen) + at["offset"], product))
+            seen, stores = carry
+            h, stores = self._advance(at, seen, stores)
             theta = matmul(at["head"], h) + expand(at["bias"], ndim)
             block, out = step(theta, at["x"])
             seen = lax.dynamic_update_slice_in_dim(seen, block, at["begin"], 0)
-            return (seen, tuple(stores)), out
+            return (seen, stores), out
 
         dtype = self.head.dtype
         seen = jnp.zeros((int(counts.sum()) + most, *batch), dtype)

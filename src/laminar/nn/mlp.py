@@ -131,6 +131,21 @@ class Dense(eqx.Module):
         return y if self.bias is None else y + expand(self.bias, y.ndim)
 
 
+def shaped(layer: Dense, out_shape: Shape, h: Array, offset: Array | None = None) -> Array:
+    """What a layer with a bias gives, as ``out_shape + batch``.
+
+    Args:
+        layer: The layer.
+        out_shape: Shape of its output.
+        h: ``(n, *batch)``.
+        offset: Added to the output; its axes are the first ones of `out_shape`.
+    """
+    bias = cast(Array, layer.bias).reshape(out_shape)
+    if offset is not None:
+        bias = bias + expand(offset, bias.ndim)
+    return affine(layer.weight.reshape((*out_shape, layer.weight.shape[1])), bias, h)
+
+
 def film_layer(cond_dim: int, width: int, *, key: PRNGKeyArray) -> Dense:
     """The affine layer from a condition to scales γ and shifts β of so many units, in this order.
 
@@ -174,9 +189,7 @@ class ResidualBlock(eqx.Module):
         a = activation_gain(activation)
         self.inner = Dense(width, width, key=inner_key, gain=a)
         self.outer = Dense(width, width, key=outer_key, gain=a * gain)
-        self.film = None
-        if film_dim:
-            self.film = film_layer(film_dim, width, key=film_key)
+        self.film = film_layer(film_dim, width, key=film_key) if film_dim else None
 
     def __call__(self, h: Array, condition: Array | None = None) -> Array:
         """``(width, *batch) -> (width, *batch)``."""
@@ -289,21 +302,13 @@ class MLP(eqx.Module):
         """
         if x.ndim < 1 or x.shape[0] != self.in_dim:
             raise ShapeError(f"MLP takes an input ({self.in_dim}, *batch) and got {x.shape}.")
-        if not self.cond_dim:
-            condition = None
-        elif condition is None or condition.ndim < 1 or condition.shape[0] != self.cond_dim:
-            got = "none" if condition is None else str(condition.shape)
-            raise ShapeError(f"MLP takes a condition ({self.cond_dim}, *batch) and got {got}.")
+        condition = taken("MLP", condition, (self.cond_dim,) if self.cond_dim else None)
         h = self.first(x)
         if self.condition_first is not None and condition is not None:
             h = h + expand(self.condition_first(condition), h.ndim)
         for block in self.blocks:
             h = block(h, condition)
-        bias = cast(Array, self.head.bias).reshape(self.out_shape)
-        if offset is not None:
-            bias = bias + expand(offset, bias.ndim)
-        weight = self.head.weight.reshape((*self.out_shape, self.head.weight.shape[1]))
-        return affine(weight, bias, self.activation(h))
+        return shaped(self.head, self.out_shape, self.activation(h), offset)
 
 
 class Concatenated(eqx.Module):
@@ -326,8 +331,32 @@ class Concatenated(eqx.Module):
         """``net([x, condition])``; ``net(x)`` without a condition."""
         if condition is None:
             return self.net(x)
-        shared = jnp.broadcast_to(expand(condition, x.ndim), condition.shape[:1] + x.shape[1:])
-        return self.net(jnp.concatenate([x, shared]))
+        return self.net(joined(x, condition))
+
+
+def taken(owner: str, condition: Array | None, shape: Shape | None) -> Array | None:
+    """The condition of a network, of ``shape + batch``; None where it takes none.
+
+    Raises:
+        ShapeError: If there is none, or one of another shape.
+    """
+    if shape is None:
+        return None
+    if condition is None or condition.shape[: len(shape)] != shape:
+        got = "none" if condition is None else str(condition.shape)
+        wanted = ", ".join(map(str, shape))
+        raise ShapeError(f"{owner} takes a condition ({wanted}, *batch) and got {got}.")
+    return condition
+
+
+def joined(*parts: Array, batch: Shape | None = None) -> Array:
+    """Arrays end to end along the first axis, each shared by the `batch`: that of the first array.
+
+    Such as vectors ``(n, *batch)`` and a condition ``(c,)``, to ``(n + c, *batch)``.
+    """
+    rest = parts[0].shape[1:] if batch is None else batch
+    parts = tuple(expand(part, 1 + len(rest)) for part in parts)
+    return jnp.concatenate([jnp.broadcast_to(part, (len(part), *rest)) for part in parts])
 
 
 class Periodic(eqx.Module):

@@ -10,7 +10,7 @@ import jax.random as jr
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.nn.mlp import matmul
+from laminar.nn.mlp import joined, matmul
 
 
 class PotentialField(eqx.Module):
@@ -119,15 +119,12 @@ class PotentialField(eqx.Module):
 
     def _joined(self, t: Array, z: Array, condition: Array | None) -> Array:
         """The vectors [z, t, c], with the batch last."""
-        batch = z.shape[len(self.shape) :]
-        parts = [z.reshape((math.prod(self.shape), *batch)), jnp.asarray(t, z.dtype)[None]]
+        flat = z.reshape((math.prod(self.shape), *z.shape[len(self.shape) :]))
+        parts = [flat, jnp.asarray(t, z.dtype)[None]]
         if self.cond_dim:
             if condition is None:
                 raise ShapeError(
                     f"PotentialField needs a condition of shape ({self.cond_dim},); got none."
                 )
             parts.append(condition)
-        whole = 1 + len(batch)
-        return jnp.concatenate(
-            [jnp.broadcast_to(expand(p, whole), (len(p), *batch)) for p in parts]
-        )
+        return joined(*parts)

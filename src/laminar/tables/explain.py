@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from laminar._errors import InputError
+from laminar._lengths import bucket
 from laminar.scores import conformal_p_values
 from laminar.tables.columns import Column
 from laminar.tables.flow import TableFlow
@@ -207,7 +208,7 @@ def _prepared(
 
     def evaluate(values: np.ndarray) -> np.ndarray:
         # A program is compiled for every number of rows; so there are few such numbers.
-        size = _bucket(len(values))
+        size = bucket(len(values), _LEAST_BUCKET, factor=4)
         padded = np.concatenate([values, np.repeat(values[:1], size - len(values), axis=0)])
         table = Table(order, padded, rows.source, cells=rows.cells)
         return model.log_prob(table)[: len(values)]
@@ -226,14 +227,6 @@ def _scorer(
         return evaluate(altered).reshape(cells.shape)
 
     return score
-
-
-def _bucket(rows: int) -> int:
-    """The least of 256, 1024, 4096, … that is not below a number of rows."""
-    size = _LEAST_BUCKET
-    while size < rows:
-        size *= 4
-    return size
 
 
 class _Plan:

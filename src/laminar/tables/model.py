@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 
 from laminar._errors import InputError
+from laminar._lengths import bucket
 from laminar._typing import Array, PRNGKeyArray
 from laminar.density import AbstractDistribution
 from laminar.mixed import WITHHELD, AutoregressiveDistribution
@@ -414,7 +415,7 @@ def padded(rows: np.ndarray | None) -> np.ndarray | None:
 
 def padded_length(rows: int) -> int:
     """The length that so many rows are padded to."""
-    return rows if rows > _MOST_PADDED else max(_LEAST_PADDED, 1 << (rows - 1).bit_length())
+    return rows if rows > _MOST_PADDED else bucket(rows, _LEAST_PADDED)
 
 
 def _with_new_texts(table: Table, rows: Table, draws: int) -> Table:

@@ -27,6 +27,7 @@ import jax.random as jr
 from jax import lax
 
 from laminar import zoo
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import Frozen, expand
 from laminar._typing import Array, ArrayLike, Callable, PRNGKeyArray, Shape
@@ -187,9 +188,7 @@ class VAE(AbstractDistribution):
         x, batch = self._check_event(x, self.shape, "x")
         if batch_size is None:
             batch_size = _ROWS.get(jax.default_backend(), _MOST_ROWS)
-        for name, value in {"samples": samples, "batch_size": batch_size}.items():
-            if value < 1:
-                raise InputError(f"VAE.log_likelihood: {name} must be at least 1, not {value}.")
+        check_sizes("VAE.log_likelihood", samples=samples, batch_size=batch_size)
         rows = _evidence(self, key, x.reshape((-1, *self.shape)), samples, batch_size)
         return Evidence(*(value.reshape(batch) for value in rows))
 
@@ -407,8 +406,7 @@ def free_energy(
     Raises:
         InputError: If `samples` is not positive.
     """
-    if samples < 1:
-        raise InputError(f"free_energy: samples must be at least 1, not {samples}.")
+    check_sizes("free_energy", samples=samples)
     return FreeEnergy(anneal, samples, path_gradient, observe)
 
 
@@ -453,9 +451,7 @@ def vae(
         ShapeError: If a part given does not fit.
     """
     sizes = {"dim": dim, "latent": latent, "width": width, "depth": depth, "window": window}
-    for name, value in {**sizes, "flow_width": flow_width}.items():
-        if value < 1:
-            raise InputError(f"vae: {name} must be at least 1, not {value}.")
+    check_sizes("vae", **sizes, flow_width=flow_width)
     encoder_key, head_key, flow_key, prior_key, decoder_key = jr.split(key, 5)
     trunk = functools.partial(Maxout, width=width, depth=depth, window=window)
     head = Dense(width, 2 * latent, key=head_key)
@@ -483,8 +479,7 @@ def _posterior_flow(
     if kind == "diagonal":
         return Identity((latent,))
     count = LAYERS[kind] if layers is None else layers
-    if count < 1:
-        raise InputError(f"vae: layers must be at least 1, not {count}.")
+    check_sizes("vae", layers=count)
     build = getattr(zoo, kind)
     if kind in ("nice", "iaf"):
         return build(latent, key=key, layers=count, width=width, depth=1, cond_dim=context)._map

@@ -20,6 +20,7 @@ import numpy as np
 
 from laminar._errors import InputError, TrainingError
 from laminar._files import PathLike
+from laminar._lengths import bucket
 from laminar._params import Frozen, positive_inverse
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.base import AbstractTransform
@@ -465,9 +466,7 @@ def _padded(array: np.ndarray, *, weights: bool = False) -> np.ndarray:
 
     Fits of like tables then have like shapes, and share their compiled programs.
     """
-    length = max(4, 1 << (len(array) - 1).bit_length())
-    if length > _MOST_DOUBLED and len(array) <= 3 * length // 4:
-        length = 3 * length // 4
+    length = bucket(len(array), 4, doubled=_MOST_DOUBLED)
     extra = np.repeat(array[:1], length - len(array), axis=0)
     return np.concatenate([array, 0 * extra if weights else extra])
 

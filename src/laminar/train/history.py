@@ -47,6 +47,15 @@ class History:
         """Steps taken."""
         return len(self.loss)
 
+    def __repr__(self) -> str:
+        """One line: the arrays are for plots."""
+        ended = f", ended by {self.stop_reason}" if self.stop_reason else ""
+        undone = f", {self.rollbacks} taken back" if self.rollbacks else ""
+        return (
+            f"History({self.steps} steps in {self.seconds:.1f} s{undone}{ended}; held-out loss "
+            f"{self.best_loss:.5g} after {self.best_step})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The same as lists and numbers that JSON can hold; what is not finite becomes None."""
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 
+from laminar._checks import check_sizes as check_positive
 from laminar._errors import InputError
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.amortized import amortized
@@ -145,9 +146,7 @@ def random_rotation(dim: int, *, key: PRNGKeyArray) -> Householder:
 
 def check_sizes(name: str, cond_dim: int, **sizes: int) -> None:
     """Refuse sizes below one and a negative length of the condition."""
-    for size, value in sizes.items():
-        if value < 1:
-            raise InputError(f"{name}: {size} must be at least 1, not {value}.")
+    check_positive(name, **sizes)
     if cond_dim < 0:
         raise InputError(f"{name}: cond_dim must be 0 or more, not {cond_dim}.")
 
