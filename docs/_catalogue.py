@@ -141,7 +141,7 @@ ROWS = {
         ("Metropolis–Hastings steps", "", "N"),
         ("Augmented flows, slices", "Slice", "N"),
         ("Absolute value", "AbsoluteValue", ""),
-        ("Sorting", "Sort Ordered", ""),
+        ("Sorting", "Sort Ordered", "z"),
     ],
     "Conditions encoded by a network": [
         ("Any network, trained with the flow", "Flow(embed=…)", "fn"),

@@ -256,7 +256,7 @@ def test_faults_of_a_density(fault, name, dim):
 @pytest.mark.parametrize(
     ("fault", "name", "detail"),
     [
-        ("nan", INTEGRAL, ""),
+        ("nan", INTEGRAL, "log_prob is NaN at ("),
         ("parameter", "gradients of parameters", "first in flow.loc"),
         ("sampling gradient", "gradients of sampling", ""),
         ("blow-up", INTEGRAL, "samples are not finite"),

@@ -433,3 +433,10 @@ class Scaled(AbstractDistribution):
 
     def _sample(self, key, batch=(), condition=None):
         return jr.normal(key, (1, *batch)) + self.weight * condition
+
+
+@pytest.mark.parametrize("first", [jnp.zeros(2), 0.0, [0.5, 1.0]])
+def test_parameters_in_the_place_of_a_shape_are_told(first):
+    with pytest.raises(ShapeError, match="first argument of a distribution is the shape of an"):
+        Normal(first)
+    assert Normal(np.int64(3)).shape == Normal([np.int32(3)]).shape == (3,)

@@ -390,7 +390,15 @@ def _log1p_square(z: Array) -> Array:
 
 
 def _as_shape(shape: Shape | int | Sequence[int]) -> Shape:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = (shape,) if isinstance(shape, int | np.integer) else shape
+    if not isinstance(shape, tuple | list) or not all(
+        isinstance(n, int | np.integer) for n in shape
+    ):
+        raise ShapeError(
+            "The first argument of a distribution is the shape of an event, such as 2 or (3, 4), "
+            f"not {type(shape).__name__}; parameters follow it by name, as in loc=…."
+        )
+    return tuple(int(n) for n in shape)
 
 
 def _parameters(owner: str, shape: Shape, **values: ArrayLike) -> list[Array]:

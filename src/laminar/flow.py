@@ -83,10 +83,12 @@ class Flow(AbstractDistribution):
         self.base, self.bijection, self.embed = base, bijection, embed
         for part, kind in ((self._base, AbstractDistribution), (self._map, AbstractTransform)):
             if not isinstance(part, kind):
+                if isinstance(part, type):
+                    raise InputError(f"Flow got the class {part.__name__}; call it to make one.")
                 raise InputError(
                     "Flow takes a base distribution and then one transform (a `Chain` of several); "
                     f"where the {kind.__name__.removeprefix('Abstract').lower()} belongs it got "
-                    f"{part.__name__ if isinstance(part, type) else type(part).__name__}."
+                    f"{type(part).__name__}."
                 )
         if self._base.space != self._map.in_space:
             raise ShapeError(

@@ -20,7 +20,7 @@ import numpy as np
 from laminar._errors import InputError, LaminarError, ShapeError
 from laminar._params import partition
 from laminar._typing import Array, PRNGKeyArray
-from laminar.bijections.base import AbstractTransform, Direction, call
+from laminar.bijections.base import AbstractTransform, Direction, call, check_transform
 from laminar.bijections.compose import Chain
 from laminar.bijections.elementwise import Affine, Exp, Sigmoid
 from laminar.diagnose import estimates
@@ -141,6 +141,7 @@ def check_bijection(
     Raises:
         ContractError: If a check fails and `throw` is set.
     """
+    check_transform("check_bijection", bijection)
     if other is None:
         other = _changed(bijection)
     found: list[Check] = []

@@ -1,6 +1,7 @@
 """The contract's helpers: dispatch over trailing axes, inversion, identity, steps."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -11,7 +12,7 @@ from laminar.bijections.base import AbstractBijection, AbstractTransform, Identi
 from laminar.bijections.compose import Chain, Repeat, Reshape, Stack
 from laminar.bijections.conjugate import Conjugate
 from laminar.bijections.coupling import coupling
-from laminar.bijections.elementwise import Affine, Exp, Tanh
+from laminar.bijections.elementwise import AbstractElementwise, Affine, Exp, Tanh
 from laminar.bijections.path import first_steps
 
 
@@ -116,3 +117,41 @@ def test_what_is_no_transform_is_named(owner, make):
         make(Affine)
     with pytest.raises(InputError, match=f"{owner} is made of transforms, and got a float"):
         make(3.0)
+
+
+class WrongImage(Single):
+    """Forgets an entry of the image."""
+
+    def forward(self, x, condition=None, *, key=None):
+        return x[:1], jnp.zeros(())
+
+
+class Summed(AbstractElementwise):
+    """A kernel that sums its log-det."""
+
+    params: jax.Array = eqx.field(default_factory=lambda: jnp.zeros((0, 3)))
+    in_shape: tuple = eqx.field(static=True, default=(3,))
+
+    def forward_kernel(self, params, x):
+        return x, jnp.zeros_like(x).sum()
+
+    def inverse_kernel(self, params, y):
+        return y[:1], jnp.zeros_like(y)
+
+
+def test_an_image_of_another_shape_is_refused():
+    with pytest.raises(ShapeError, match=r"WrongImage: forward gave an image of shape \(1,\)"):
+        call(WrongImage(), "forward", jnp.zeros((2, 5)), jnp.zeros(2))
+
+
+def test_kernels_that_sum_or_lose_entries_are_named():
+    with pytest.raises(ShapeError, match=r"forward_kernel gave a log-det of shape \(\) for points"):
+        Summed().forward(jnp.zeros(3))
+    with pytest.raises(ShapeError, match=r"inverse_kernel gave an image of shape \(1,\)"):
+        Summed().inverse(jnp.zeros(3))
+
+
+@pytest.mark.parametrize("make", [Affine, Exp, lambda shape: coupling(3, Affine(), key=jr.key(0))])
+def test_layers_called_by_hand_refuse_rows_in_front(make):
+    with pytest.raises(ShapeError, match=r"takes \(3,\) with batch axes behind, and got \(5, 3\)"):
+        make(shape=(3,)).forward(jnp.zeros((5, 3)))

@@ -292,9 +292,9 @@ def test_errors():
     with pytest.raises(InputError, match="at least one reflection"):
         Householder(3, 0, key=jr.key(0))
     for make in (lambda: Cayley(0), lambda: SVD(0, key=jr.key(0)), lambda: MatrixExponential(0)):
-        with pytest.raises(InputError, match="dimension must be at least 1"):
+        with pytest.raises(InputError, match="dim must be at least 1"):
             make()
-    with pytest.raises(InputError, match="Triangular: the dimension must be at least 1"):
+    with pytest.raises(InputError, match="Triangular: dim must be at least 1"):
         Triangular(0)
     with pytest.raises(ShapeError, match="channel axis"):
         ActNorm((), per_channel=True)

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, partition, trainable
 from laminar._typing import Array, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractTransform, Invert, call
+from laminar.bijections.base import AbstractTransform, Invert, call, check_transform
 from laminar.bijections.compose import Chain, Repeat, Stack
 from laminar.bijections.elementwise import AbstractElementwise
 from laminar.bijections.frames import AbstractAlike, AbstractComposite, needed
@@ -207,6 +207,7 @@ def _over_rows(run):
 
 def _check_template(bijection: AbstractTransform, cond_dim: int) -> Shape:
     """The shape of the condition."""
+    check_transform("Amortized", bijection)
     if cond_dim < 1:
         raise InputError(f"Amortized: cond_dim must be at least 1, not {cond_dim}.")
     if bijection.cond_shape not in (None, (cond_dim,)):

@@ -176,12 +176,10 @@ def call(
         The image, ``event_shape + batch``, and the log-dets, ``batch``.
 
     Raises:
-        ShapeError: If the array does not begin with the event, or the transform gives a log-det of
-            another shape.
+        ShapeError: If the array does not begin with the event, or the transform gives an image or a
+            log-det of another shape.
     """
-    event = tuple(transform.in_shape if direction == "forward" else transform.out_shape)
-    if x.shape[: len(event)] != event:
-        raise ShapeError(_not_events(transform.name, direction, event, x.shape))
+    event = check_events(transform, direction, x)
     method = getattr(transform, direction)
     batch = x.ndim - len(event)
     cond_ndim = 0 if transform.cond_shape is None else len(transform.cond_shape)
@@ -189,6 +187,12 @@ def call(
         condition = None
     if batch == 0 or transform.batch_last:
         y, log_det = method(x, condition, key=key)
+        given = transform.out_shape if direction == "forward" else transform.in_shape
+        if jnp.shape(y) != (*given, *x.shape[len(event) :]):
+            raise ShapeError(
+                f"{transform.name}: {direction} gave an image of shape {jnp.shape(y)}, and it "
+                f"should be {(*given, *x.shape[len(event) :])}."
+            )
         if jnp.shape(log_det) != x.shape[len(event) :]:
             raise ShapeError(
                 f"{transform.name}: {direction} gave a log-det of shape {jnp.shape(log_det)}, and "
@@ -207,12 +211,22 @@ def call(
     )
 
 
-def _not_events(name: str, direction: Direction, event: Shape, shape: Shape) -> str:
-    """Says what was wanted, and how to get it where rows stand in front."""
-    text = f"{name}: {direction} takes {event} with batch axes behind, and got {shape}"
+def check_events(transform: AbstractTransform, direction: Direction, x: Array) -> Shape:
+    """The shape of the events that a direction takes.
+
+    Raises:
+        ShapeError: If the array does not begin with it; told is what to do where rows stand first.
+    """
+    event = tuple(transform.in_shape if direction == "forward" else transform.out_shape)
+    shape = jnp.shape(x)
+    if shape[: len(event)] == event:
+        return event
+    text = f"{transform.name}: {direction} takes {event} with batch axes behind, and got {shape}"
     if shape[len(shape) - len(event) :] != event:
-        return text + "."
-    return text + "; put the batch last, as in jnp.moveaxis(x, 0, -1), or use a Flow's methods."
+        raise ShapeError(text + ".")
+    raise ShapeError(
+        text + "; put the batch last, as in jnp.moveaxis(x, 0, -1), or use a Flow's methods."
+    )
 
 
 def image(

@@ -35,8 +35,8 @@ from laminar._floats import (
     unless,
 )
 from laminar._params import bounded, expand, positive, positive_inverse, reciprocal
-from laminar._typing import Array, ArrayLike, Shape
-from laminar.bijections.base import AbstractBijection, Invert
+from laminar._typing import Array, ArrayLike, Direction, Shape
+from laminar.bijections.base import AbstractBijection, Invert, check_events
 from laminar.bijections.frames import AbstractSameShape, AbstractUnconditional
 
 
@@ -76,17 +76,26 @@ class AbstractElementwise(AbstractSameShape, AbstractUnconditional, AbstractBije
     def inverse_kernel(self, params: Array, y: Array) -> tuple[Array, Array]:
         """``(x, ln dx/dy)`` for each element; shapes as in `forward_kernel`."""
 
-    def _apply(self, kernel, x: Array) -> tuple[Array, Array]:
-        out, log_det = kernel(expand(self.params, x.ndim + 1), x)
+    def _apply(self, direction: Direction, x: Array) -> tuple[Array, Array]:
+        check_events(self, direction, x)
+        kernel = f"{direction}_kernel"
+        out, log_det = getattr(self, kernel)(expand(self.params, x.ndim + 1), x)
+        for what, value in (("an image", out), ("a log-det", log_det)):
+            if value.shape != x.shape:
+                raise ShapeError(
+                    f"{self.name}: {kernel} gave {what} of shape {value.shape} for points of shape "
+                    f"{x.shape}, and it should be the same: kernels work element by element and "
+                    "sum nothing."
+                )
         return out, log_det.sum(axis=tuple(range(len(self.in_shape))))
 
     def forward(self, x, condition=None, *, key=None):
         """The map of every element, with the log-derivatives summed over the event."""
-        return self._apply(self.forward_kernel, x)
+        return self._apply("forward", x)
 
     def inverse(self, y, condition=None, *, key=None):
         """The inverse of every element, with the log-derivatives summed over the event."""
-        return self._apply(self.inverse_kernel, y)
+        return self._apply("inverse", y)
 
 
 class AbstractParametric(AbstractElementwise):

@@ -8,7 +8,14 @@ import equinox as eqx
 from laminar._checks import check_sizes
 from laminar._errors import ShapeError
 from laminar._typing import Array, Condition, Direction, PRNGKeyArray, Shape
-from laminar.bijections.base import AbstractBijection, AbstractTransform, Exactness, call, image
+from laminar.bijections.base import (
+    AbstractBijection,
+    AbstractTransform,
+    Exactness,
+    call,
+    check_events,
+    image,
+)
 from laminar.spaces import AbstractSpace
 
 
@@ -74,10 +81,12 @@ class AbstractTwoWay(AbstractTransform):
 
     def forward(self, x, condition=None, *, key=None):
         """Latent → data, with the log-det; see the class."""
+        check_events(self, "forward", x)
         return self._run("forward", x, condition, key)
 
     def inverse(self, y, condition=None, *, key=None):
         """Data → latent, with the log-det; see the class."""
+        check_events(self, "inverse", y)
         return self._run("inverse", y, condition, key)
 
 

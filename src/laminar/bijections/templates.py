@@ -207,6 +207,7 @@ def as_elementwise(bijection: AbstractTransform) -> AbstractElementwise:
     Raises:
         ShapeError: If it is not a scalar map, takes a condition, or is not exact.
     """
+    check_transform("as_elementwise", bijection)
     if isinstance(bijection, AbstractElementwise):
         return bijection
     if bijection.in_shape != () or bijection.out_shape != ():

@@ -48,6 +48,7 @@ class Measure:
         sample_key, seed_key = jr.split(key)
         self.rng = np.random.default_rng(np.asarray(jr.key_data(seed_key)))
         count = min(4096, max(512, 2**22 // self.dim))
+        self.nan_at: np.ndarray | None = None
         drawn = self.flow.sample(sample_key, (count,), self.condition)
         self.samples = np.asarray(drawn, np.float64).reshape(count, self.dim)
 
@@ -58,7 +59,12 @@ class Measure:
             points = chunk.reshape((len(chunk), *self.flow.shape))
             return self.flow.log_prob(points, self.condition, batch_size=_CHUNK)
 
-        return self.chunked(one, x)[0]
+        log_p = self.chunked(one, x)[0]
+        lost = np.flatnonzero(np.isnan(log_p))
+        if self.nan_at is None and len(lost):
+            # The point nearest to the origin says most.
+            self.nan_at = x[lost[np.argmin(np.abs(x[lost]).max(1))]]
+        return log_p
 
     def chunked(self, fn, x: np.ndarray) -> list[np.ndarray]:
         """Apply a compiled function to rows in padded chunks, so that it is compiled once."""
@@ -78,6 +84,9 @@ class Measure:
             failed = [Line(n, math.inf, 0.0, False, f"{bad} samples are not finite") for n in NAMES]
             return failed[0], failed[1]
         found, budget, how = self.integrate()
+        if self.nan_at is not None:
+            at = ", ".join(f"{v:.3g}" for v in self.nan_at[:4])
+            how = f"log_prob is NaN at ({at}{', …' if len(self.nan_at) > 4 else ''})"
         if found is None:
             skipped = [Line(n, math.nan, math.nan, None, how) for n in NAMES]
             return skipped[0], skipped[1]
