@@ -408,5 +408,7 @@ def test_parts_in_the_wrong_places_are_named():
         Flow(Unsummed(), Normal(2))
     with pytest.raises(InputError, match="where the transform belongs it got list"):
         Flow(Normal(2), [Unsummed()])
-    with pytest.raises(InputError, match="where the transform belongs it got Unsummed"):
+    with pytest.raises(InputError, match="Flow got the class Unsummed; call it to make one"):
         Flow(Normal(2), Unsummed)
+    with pytest.raises(InputError, match="Flow got the class Normal; call it"):
+        Flow(Normal, Unsummed())
