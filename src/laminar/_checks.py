@@ -3,8 +3,8 @@
 from laminar._errors import InputError
 
 
-def check_sizes(owner: str, **sizes: int) -> None:
-    """Refuse a number of things that is not positive, naming the argument.
+def check_sizes(owner: str, cond_dim: int = 0, /, **sizes: int) -> None:
+    """Refuse sizes below one and a negative length of the condition, naming the argument.
 
     Raises:
         InputError: If there is one.
@@ -12,3 +12,5 @@ def check_sizes(owner: str, **sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise InputError(f"{owner}: {name} must be at least 1, not {value}.")
+    if cond_dim < 0:
+        raise InputError(f"{owner}: cond_dim must be 0 or more, not {cond_dim}.")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import expand, partition, trainable
 from laminar._typing import Array, PRNGKeyArray, Shape
@@ -208,8 +209,7 @@ def _over_rows(run):
 def _check_template(bijection: AbstractTransform, cond_dim: int) -> Shape:
     """The shape of the condition."""
     check_transform("Amortized", bijection)
-    if cond_dim < 1:
-        raise InputError(f"Amortized: cond_dim must be at least 1, not {cond_dim}.")
+    check_sizes("Amortized", cond_dim=cond_dim)
     if bijection.cond_shape not in (None, (cond_dim,)):
         raise ShapeError(
             f"Amortized: the condition has shape ({cond_dim},), but {bijection.name} takes one of "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laminar._errors import InputError
+from laminar._checks import check_sizes
 from laminar._params import clip, positive
 from laminar._typing import Array, Shape
 from laminar.bijections.elementwise import AbstractElementwise
@@ -50,8 +50,7 @@ class CircleMoebius(AbstractElementwise):
     components: int = eqx.field(static=True)
 
     def __init__(self, components: int = 1, shape: Shape = ()):
-        if components < 1:
-            raise InputError(f"CircleMoebius: components must be at least 1, not {components}.")
+        check_sizes("CircleMoebius", components=components)
         self.components, self.in_shape = components, tuple(shape)
         self.params = jnp.zeros((2 * components + components * (components > 1) + 1, *shape))
 

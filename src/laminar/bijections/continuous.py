@@ -189,8 +189,7 @@ class Energies(NamedTuple):
 def _as_times(times: int | Sequence[float]) -> tuple[float, ...]:
     """Increasing times; for a number K those of K equal intervals of [0, 1]."""
     if isinstance(times, int):
-        if times < 1:
-            raise InputError(f"Continuous: times must be at least 1, not {times}.")
+        check_sizes("Continuous", times=times)
         return tuple(k / times for k in range(times + 1))
     given = tuple(float(t) for t in times)
     if len(given) < 2 or not all(a < b for a, b in itertools.pairwise(given)):

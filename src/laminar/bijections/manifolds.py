@@ -17,6 +17,7 @@ import jax.random as jr
 import numpy as np
 from jax import lax
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError, ShapeError
 from laminar._params import clip, expand, positive
 from laminar._typing import Array, PRNGKeyArray, Shape
@@ -240,8 +241,7 @@ class ExponentialMap(AbstractOnSphere):
 
     def __init__(self, n: int, components: int = 8, *, symmetric: bool = False, key: PRNGKeyArray):
         self.n, self.symmetric = _check_dim("ExponentialMap", n), symmetric
-        if components < 1:
-            raise InputError(f"ExponentialMap: components must be at least 1, not {components}.")
+        check_sizes("ExponentialMap", components=components)
         self.centres = jr.normal(key, (n + 1, components))
         self.weights = jnp.zeros((components,))
         self.sharpness = jnp.zeros((components,))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import jax.random as jr
 
+from laminar._checks import check_sizes
 from laminar._errors import ShapeError
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.attention import transformer_autoregressive
@@ -19,7 +20,7 @@ from laminar.bijections.masks import conv_coupling
 from laminar.density import AbstractDistribution
 from laminar.distributions import Normal
 from laminar.flow import Flow
-from laminar.zoo.stacks import MAX_LOG_SCALE, check_sizes
+from laminar.zoo.stacks import MAX_LOG_SCALE
 
 
 def glow(

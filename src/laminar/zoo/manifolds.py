@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import jax.random as jr
 
+from laminar._checks import check_sizes
 from laminar._typing import Array, PRNGKeyArray, Shape
 from laminar.bijections.amortized import amortized
 from laminar.bijections.autoregressive import masked_autoregressive
@@ -26,7 +27,7 @@ from laminar.directional import UniformOn
 from laminar.distributions import Uniform
 from laminar.flow import Flow
 from laminar.spaces import Rotations, Sphere
-from laminar.zoo.stacks import check_sizes, conditioned, random_rotation
+from laminar.zoo.stacks import conditioned, random_rotation
 
 _CIRCLE = (-math.pi, math.pi)
 

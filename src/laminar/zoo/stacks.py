@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 
-from laminar._checks import check_sizes as check_positive
+from laminar._checks import check_sizes
 from laminar._errors import InputError
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.amortized import amortized
@@ -142,13 +142,6 @@ def random_rotation(dim: int, *, key: PRNGKeyArray) -> Householder:
     pair_key, key = jr.split(key)
     rotation = Householder(dim, dim, key=pair_key)
     return eqx.tree_at(lambda h: h.vectors, rotation, jr.normal(key, (dim, dim)))
-
-
-def check_sizes(name: str, cond_dim: int, **sizes: int) -> None:
-    """Refuse sizes below one and a negative length of the condition."""
-    check_positive(name, **sizes)
-    if cond_dim < 0:
-        raise InputError(f"{name}: cond_dim must be 0 or more, not {cond_dim}.")
 
 
 def check_fast(name: str, fast: str) -> None:

@@ -14,6 +14,7 @@ from typing import get_args
 
 import jax.random as jr
 
+from laminar._checks import check_sizes
 from laminar._errors import InputError
 from laminar._typing import Array, ArrayLike, PRNGKeyArray
 from laminar.bijections.amortized import amortized
@@ -36,7 +37,6 @@ from laminar.zoo.stacks import (
     Mixing,
     affine_template,
     check_fast,
-    check_sizes,
     conditioned,
     flow_over,
     paired_orders,
