@@ -208,7 +208,7 @@ def measure(part: Split, method: str, seed: int) -> dict:
         "test_rows": len(y),
         "columns": part.x.shape[1],
         "log_score": float(law.log_density.mean()),
-        "error": float(law.log_density.std(ddof=1) / np.sqrt(len(y))),
+        "standard_error": float(law.log_density.std(ddof=1) / np.sqrt(len(y))),
         "coverage": float(((y >= low) & (y <= high)).mean()),
         "width": float(np.median(high - low)),
         "rmse": float(np.sqrt(np.mean((law.mean - y) ** 2))),

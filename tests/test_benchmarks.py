@@ -137,3 +137,28 @@ def test_anomalies_are_never_trained_on_and_lists_are_judged(common, monkeypatch
     assert "mean rank" in text
     assert "of the anomalies listed 100.0%" in text
     sys.modules.pop("adbench")
+
+
+def test_regression_goes_on_where_it_was(common, monkeypatch, tmp_path, capsys):
+    regression = __import__("regression")
+    rng = np.random.default_rng(0)
+    masks = rng.permuted(np.repeat([[True], [False]], [6, 24], axis=0).repeat(2, axis=1), axis=0)
+    arrays = {"yacht__xy": rng.normal(size=(30, 3)), "yacht__test_mask": masks}
+    np.savez(tmp_path / "uci_regression.npz", **arrays)
+    monkeypatch.setenv("LAMINAR_DATA", str(tmp_path))
+    done = []
+
+    def standard_normal(part, seed):
+        done.append(seed)
+        ends = np.full(len(part.y_test), 1.645)
+        return regression.Law(-0.5 * part.y_test**2, np.stack([-ends, ends], 1), 0 * ends)
+
+    monkeypatch.setattr(regression, "laminar", standard_normal)
+    words = f"regression.py --tables yacht --methods laminar --out {tmp_path}/r.jsonl".split()
+    for more in (["--splits", "1"], ["--splits", "2", "--resume"], ["--resume", "--budget", "0"]):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        capsys.readouterr()
+        regression.main()
+    assert done == [0, 1]
+    assert "yacht" in capsys.readouterr().out
+    sys.modules.pop("regression")

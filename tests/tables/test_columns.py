@@ -36,6 +36,11 @@ def column(values, cells=None, declared=None, typed=True):
         (rng().integers(0, 3, 200), TEXT, "categorical"),
         (rng().integers(0, 3, 200), Cells("text", TEXT.levels, ordered=True), "ordinal"),
         (rng().integers(0, 900, 200), DAY, "datetime"),
+        (np.arange(200) + 1_000, WHOLE, "ignored"),  # row numbers
+        (rng().permutation(1_000)[:200], WHOLE, "ignored"),
+        (np.arange(40), WHOLE, "integer"),  # few rows prove nothing
+        (rng().integers(0, 10**9, 200), WHOLE, "integer"),  # as different by chance
+        (np.arange(200), DAY, "datetime"),
         (np.full(200, 7.0), WHOLE, "constant"),
         (np.full(200, np.nan), Cells(), "constant"),
         (np.arange(200), Cells("text", tuple(map(str, range(200)))), "ignored"),

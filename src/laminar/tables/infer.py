@@ -13,7 +13,7 @@
     boolean         true and false                                     probability
     categorical     names                                              probability
     constant        one value, or none                                 left out, and remembered
-    ignored         an identifier or free text                         left out
+    ignored         an identifier, a row number or free text           left out
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ _FAR = 10.0  # in scales from the middle: values beyond it speak of heavy tails
 _FEW_NUMBERS = 10  # whole numbers that are told one by one
 _ENDS = 0.04  # of the rows on the highest number of a scale, at least
 _DIGITS = 6  # after the point, that samples are rounded to at most
+_BY_CHANCE = 14.0  # nats: what is less probable than one in a million is no chance
 _SURE = 50  # rows that all lie on a grid coarser than the whole numbers
 
 
@@ -146,8 +147,22 @@ def looks_like_identifier(cells: Cells, values: np.ndarray) -> bool:
     return cells.kind == "text" and many > FEW and 2 * many > len(there)
 
 
+def numbers_rows(there: np.ndarray) -> bool:
+    """Whether whole numbers only tell rows apart: chance would have repeated some, and none is.
+
+    Of n independent draws from any law on m points all differ with a probability of at most
+    exp(−n (n − 1) / 2m); the uniform law has the greatest (the birthday problem).
+    """
+    n = len(there)
+    if n < _SURE or len(np.unique(there)) < n:
+        return False
+    return 0.5 * n * (n - 1) > _BY_CHANCE * (there.max() - there.min() + 1)
+
+
 def _kind(cells: Cells, there: np.ndarray, condition: bool) -> Kind:
     """What the cells say a column is."""
+    if cells.kind == "integer" and not condition and numbers_rows(there):
+        return "ignored"
     if cells.kind == "text":
         if looks_like_identifier(cells, there):
             return "ignored"

@@ -167,8 +167,9 @@ class Schema:
         ignored = [c.name for c in self.columns if c.kind == "ignored"]
         if ignored:
             notes.append(
-                f"{_columns(ignored)} left out of the density and empty in samples: identifiers, "
-                "free text, or declared ignored."
+                f"{_columns(ignored)} left out of the density and empty in samples: identifiers "
+                "(texts that mostly differ, whole numbers that never repeat), free text, or "
+                "declared ignored. To keep one, declare its kind."
             )
         unused = [c.name for c in self.given if not c.modelled]
         if unused:
