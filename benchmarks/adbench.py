@@ -52,6 +52,21 @@ TABLES = (
 )
 """Names in the file of arrays, small tables first."""
 
+LOOKED_AT = (
+    "11_donors",
+    "16_http",
+    "1_ALOI",
+    "22_magic.gamma",
+    "26_optdigits",
+    "30_satellite",
+    "34_smtp",
+    "39_vertebral",
+    "43_WDBC",
+    "47_yeast",
+    "6_cardio",
+)
+"""Those by whose labels laminar's default score was chosen; means are told without them too."""
+
 LEVELS = (0.05, 0.1)
 """False-discovery rates that lists are made for."""
 
@@ -215,9 +230,16 @@ def report(records: list[dict], methods, out=print) -> None:
         for t, values in zip(tables, table, strict=True):
             seeds = min(len(cells[t, m]) for m in methods)
             out(f"{t:16s}{seeds:6d}" + "".join(f"{v:12.3f}" for v in values))
-        out(f"{'mean':22s}" + "".join(f"{v:12.4f}" for v in table.mean(0)))
-        if key != "seconds":
-            out(f"{'mean rank':22s}" + "".join(f"{v:12.2f}" for v in _ranks(table).mean(0)))
+        blind = [i for i, t in enumerate(tables) if t not in LOOKED_AT]
+        parts = {"": list(range(len(tables))), ", others": blind}
+        for name, rows in parts.items():
+            if not rows:
+                continue
+            some = table[rows]
+            out(f"{f'mean{name}':22s}" + "".join(f"{v:12.4f}" for v in some.mean(0)))
+            if key != "seconds":
+                ranks = _ranks(some).mean(0)
+                out(f"{f'mean rank{name}':22s}" + "".join(f"{v:12.2f}" for v in ranks))
     failed = sum(r["failed_scores"] > 0 for rows in cells.values() for r in rows)
     out(f"\n{failed} cells have scores that are NaN; these count as the least strange.")
     ours = [r for (_, m), rows in cells.items() for r in rows if m == "laminar"]

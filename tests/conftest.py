@@ -11,15 +11,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+_QUICK = (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+
+
 def pytest_configure(config):
     """Keep compiled programs on disk: most of a run is compilation, and others need the same.
 
-    The short run compiles by XLA's older emitters, in less than half the time, to programs that are
-    a fifth slower; the long one compiles as users do.
+    The short run compiles by XLA's older emitters and without optimisations, in a quarter of the
+    time, to programs that are slower and round otherwise; the long one compiles as users do.
     """
     if config.option.markexpr == "not slow" and jax.config.jax_platforms in (None, "cpu"):
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+        os.environ["XLA_FLAGS"] = " ".join([flags, *_QUICK]).strip()
     kept = config.rootpath / ".pytest_cache" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(kept))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

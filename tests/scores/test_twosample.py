@@ -54,6 +54,21 @@ def test_categories():
     assert np.isnan(category_test(np.array([]), a).p_value)
 
 
+@pytest.mark.parametrize(("known", "new", "share"), [(10_000, 100, 1e-3), (1_000, 100, 5e-3)])
+def test_rare_categories_are_no_surprise(known, new, share):
+    generator = rng(3)
+    p = []
+    for _ in range(600):
+        # Two rare ones besides, so that they are put together.
+        draws = [
+            generator.choice(4, n, p=[0.6, 0.4 - 1.5 * share, share, share / 2])
+            for n in (known, new)
+        ]
+        p.append(category_test(*draws).p_value)
+    assert np.mean(np.less_equal(p, 0.05)) < 0.08
+    assert np.mean(np.less_equal(p, 0.001)) < 0.007
+
+
 def test_mmd_has_its_level_and_sees_what_no_column_shows():
     generator = rng(3)
     p = [

@@ -341,3 +341,80 @@ def test_the_metric_weighs_all_kinds_of_columns_alike():
     assert odd[0, 0] == 1e6
     assert odd[0, 5] > 0
     assert odd[0, -1] == 1
+
+
+def test_weights_make_the_law_that_rows_are_strange_in(monkeypatch):
+    """A tenth of the rows stands for half of all: what is normal there is not strange."""
+    monkeypatch.setattr(anomaly_module, "fit_table", fitted_normal)
+    generator, p = rng(2), []
+    for seed in range(30):
+        second = np.arange(600) < 60
+        x = generator.normal(np.where(second, 6.0, 0.0), 1)
+        values = np.column_stack([x, np.where(second, 9.0, 1.0)])
+        found, _ = fit_detector(Table(("x", "w"), values), weights="w", seed=seed)
+        assert found.calibration.weights is not None
+        new = generator.normal(np.where(np.arange(200) < 100, 6.0, 0.0), 1)
+        p.append(found.score(Table(("x",), new[:, None])).p_value)
+        assert found.detect(Table(("x",), new[:, None])).least_p_value > 1 / 121
+    p = np.concatenate(p)
+    assert (p <= 0.1).mean() == pytest.approx(0.1, abs=0.03)
+    with pytest.raises(InputError, match="leave confidence out"):
+        found.detect(Table(("x",), new[:, None]), confidence=0.9)
+
+
+def fitted_normal(table, *, weights=None, **_):
+    names = [name for name in table.names if name != weights]
+    return normal_model(table.select(names)), {}
+
+
+def test_rows_without_weight_are_neither_neighbours_nor_usual(monkeypatch):
+    monkeypatch.setattr(anomaly_module, "fit_table", fitted_normal)
+    generator = rng(3)
+    off = np.arange(400) < 80
+    values = generator.normal(np.where(off, 8.0, 0.0)[:, None], 1, (400, 2))
+    table = Table(("a", "b", "w"), np.column_stack([values, ~off]).astype(float))
+    found, _ = fit_detector(table, weights="w")
+    assert found.score(Table(("a", "b"), np.full((1, 2), 8.0))).p_value[0] < 0.02
+
+
+def test_what_is_usual_is_drawn_from_a_sorted_table():
+    t = np.linspace(0, 10, 3_000)
+    table = Table(("t", "x"), np.column_stack([t, rng().normal(size=3_000)]))
+    found = detector_of(table.take(np.arange(0, 3_000, 2)), table.take(np.arange(1, 3_000, 2)))
+    reasons = found.explain(Table(("t", "x"), np.array([[5.0, 9.0]])), top=2)
+    usual = found._usual(2)
+    assert usual.names == ("t", "x")
+    assert np.abs(np.median(usual.log_p[:, 0]) - np.median(found.calibration.log_p)) < 3
+    assert reasons[0][0].column == "x"
+    chosen = found.calibration.rows
+    assert chosen[:, 0].max() > 9
+
+
+def test_gaps_that_never_were_have_no_rank():
+    generator = rng(6)
+    values = np.column_stack([generator.normal(size=400), generator.poisson(3, 400)])
+    cells = (Cells(), Cells("integer"))
+    table = Table(("x", "c"), values.astype(float), cells=cells)
+    schema = learn_schema(table)
+    flow = autoregressive_distribution(schema.laws, key=jr.key(0), width=8, depth=1)
+    model = TableFlow(flow, schema)
+    found = Detector(model, calibrate(model, *(table.take(i) for i in np.split(np.arange(400), 2))))
+    rows = Table(("x", "c"), np.array([[np.nan, np.nan], [np.nan, 3.0], [0.0, 3.0]]), cells=cells)
+    scores = found.score(rows)
+    assert np.isnan(scores.p_value).tolist() == [True, True, False]
+    assert np.isfinite(scores.log_density).all()
+    assert found.detect(rows).listed.sum() == 0
+    assert np.isnan(found.scores(rows).score).tolist() == [True, True, False]
+
+
+def test_identifiers_are_no_part_of_what_is_known():
+    generator = rng(7)
+    ids = Cells("text", tuple(f"u{i:04d}" for i in range(300)))
+    values = np.column_stack([np.arange(300), generator.normal(size=300)])
+    table = Table(("id", "x"), values, cells=(ids, Cells()))
+    found = detector_of(table.take(np.arange(150)), table.take(np.arange(150, 300)))
+    assert found.calibration.names == ("x",)
+    rows = table.select(("x",)).take(np.arange(5))
+    assert np.isfinite(found.score(rows).p_value).all()
+    assert len(found.explain(rows)) == 5
+    assert b"u0001" not in io.to_bytes(found)

@@ -282,3 +282,18 @@ def test_values_far_out_ask_for_heavy_tails():
     held = np.append(near, 1e4)
     assert learn_column("visits", held, near, cells=whole, typed=True).law.heavy
     assert not learn_column("cost", np.exp(rng.normal(2, 2, 500)), typed=True).law.heavy
+
+
+def test_an_upper_end_of_zero_is_an_end():
+    debts = -np.round(rng().lognormal(9, 1, 400))
+    debts[:2] = 0
+    found = column(debts, WHOLE, "integer:-1000000000:0")
+    assert np.isfinite([found.location, found.scale]).all()
+    np.testing.assert_allclose(found.unstandardise(found.standardise(debts)), debts, atol=1e-3)
+    assert np.isfinite(found.log_slope(debts)).all()
+    assert not found.supports(np.array([1.0]))[0]
+
+
+def test_identifiers_are_not_kept():
+    cells = Cells("text", tuple(f"user-{i}" for i in range(300)))
+    assert column(np.arange(300), cells).cells.levels == ()

@@ -114,3 +114,18 @@ def test_what_cannot_be_compared():
         drift(known, known.take(np.arange(4)))
     with pytest.raises(InputError, match="level"):
         drift(known, known, level=0)
+
+
+def test_a_model_with_an_identifier_sees_no_drift_in_new_ones():
+    def made(seed):
+        ids = Cells("text", tuple(f"{seed}-{i:04d}" for i in range(300)))
+        values = np.column_stack([np.arange(300), rng(seed).normal(size=300)])
+        return Table(("id", "x"), values, f"table {seed}", cells=(ids, Cells()))
+
+    table = made(0)
+    schema = learn_schema(table)
+    model = TableFlow(Flow(Normal((1,)), Identity((1,))), schema)
+    train, held = (table.take(part) for part in np.split(np.arange(300), 2))
+    found = drift_from(Detector(model, calibrate(model, train, held)), made(1), permutations=99)
+    assert not found.found
+    assert [test.what for test in found.columns if test.test != "PIT"] == ["x"]

@@ -253,3 +253,55 @@ def test_what_has_no_quantiles_is_refused():
         quantiles(model, table, table, "k", (1.5,))
     with pytest.raises(InputError, match="no column 'x'"):
         quantiles(model, table, table, "x", (0.5,))
+
+
+def test_a_shared_value_that_is_smoothed_is_a_peak_of_the_density():
+    """Concentrations of 5e-4 with a twentieth of zeros, in a table of real columns."""
+    generator = rng(4)
+    zero = generator.random(600) < 0.05
+    x = np.where(zero, 0.0, generator.normal(5e-4, 1e-4, 600))
+    table = Table(("x", "y"), np.column_stack([x, generator.normal(size=600)]))
+    schema = learn_schema(table)
+    assert not schema.mixed
+    width = schema.columns[0].resolution
+    assert width > 0
+
+    def log_prob(values):
+        inside = np.abs(values[:, 0]) <= width / 2
+        with np.errstate(divide="ignore"):
+            peak = np.where(inside, np.log(0.05 / width), -np.inf)
+        return np.logaddexp(peak, np.log(0.95) + norm.logpdf(values[:, 0], 5e-4, 1e-4))
+
+    model = known(table, log_prob)
+    rows = Table(("x", "y"), np.column_stack([[6e-4, 4e-4, 0.0], np.zeros(3)]))
+    found = quantiles(model, rows, table, "x", [0.02, 0.3, 0.8])
+    levels = norm.ppf((np.array([0.3, 0.8]) - 0.05) / 0.95, 5e-4, 1e-4)
+    np.testing.assert_allclose(found[:, 1:], np.tile(levels, (3, 1)), rtol=0.02)
+    np.testing.assert_allclose(found[:, 0], 0, atol=width)
+    cells = conditionals(model, rows, table)
+    np.testing.assert_allclose(cells.log_p[:, 0], log_prob(rows.values), atol=0.02)
+    below = 0.05 + 0.95 * norm.cdf([6e-4, 4e-4], 5e-4, 1e-4)
+    np.testing.assert_allclose(cells.below[:2, 0], below, atol=0.01)
+
+
+def test_rare_categories_are_asked_for_once():
+    codes = np.concatenate([np.repeat(np.arange(70), 10), np.arange(70, 170)]).astype(float)
+    cells = Cells("text", tuple(f"c{i:03d}" for i in range(170)))
+    x = rng(5).normal(size=len(codes))
+    table = Table(("k", "x"), np.column_stack([codes, x]), cells=(cells, Cells()))
+    schema, asked = learn_schema(table), []
+    column = schema.columns[0]
+    assert len(column.rare) > 100
+
+    def log_prob(rows):
+        asked.append(len(rows))
+        terms = schema.encode(rows.values)[1]
+        return terms - np.log(len(column.codes) + 1) + norm.logpdf(rows.values[:, 1])
+
+    model = SimpleNamespace(schema=schema, log_prob=log_prob)
+    few = table.take(np.array([0, 700, 799]))
+    found = conditionals(model, few, table)
+    terms = column.encode(few.values[:, 0])[2]
+    own = terms - np.log(len(column.codes) + 1) - np.log1p(-column.unseen)
+    np.testing.assert_allclose(found.log_p[:, 0], own, atol=1e-3)
+    assert max(asked[1:2]) <= 256

@@ -1,6 +1,7 @@
 """The script of an exported table: the same units, the same values of ties, whole files only."""
 
 import importlib.util
+from dataclasses import replace
 
 import jax.random as jr
 import numpy as np
@@ -11,6 +12,7 @@ from laminar.bijections.base import Identity
 from laminar.distributions import Normal
 from laminar.flow import Flow
 from laminar.mixed import autoregressive_distribution
+from laminar.tables.cells import Cells
 from laminar.tables.export import export_table
 from laminar.tables.flow import TableFlow
 from laminar.tables.schema import learn_schema
@@ -65,6 +67,34 @@ def test_the_script_scores_and_restores_alike(exported):
     drawn = module.sample(500)[:, 0]
     assert set(drawn) <= {round(k / 10, 1) for k in range(-60, 61)}
     assert module._load("sample.bin") is module._load("sample.bin")
+
+
+def test_whole_numbers_and_dates_are_those_of_the_model(tmp_path):
+    rng = np.random.default_rng(1)
+    people = np.round(rng.lognormal(9, 1, 400))
+    columns = {
+        "people": (people, Cells("integer")),
+        "money": (np.round(rng.normal(0, 5e4, 400)), Cells("integer")),
+        "debt": (-people, Cells("integer")),
+        "day": (rng.integers(0, 9_000, 400), Cells("datetime", unit="D", origin=10_000)),
+        "hundreds": (100 * rng.integers(-9_000, 9_000, 400), Cells("integer")),
+        "size": (np.round(rng.lognormal(3, 2, 400), 2) + 0.01, Cells()),
+    }
+    values = np.column_stack([x for x, _ in columns.values()]).astype(float)
+    table = Table(tuple(columns), values, cells=tuple(cells for _, cells in columns.values()))
+    schema = learn_schema(table, kinds={"debt": "integer:-10000000:0", "size": "positive"})
+    assert not schema.mixed
+    model = TableFlow(Flow(Normal((6,)), Identity((6,))), schema)
+    module = script(export_table(model, tmp_path / "out"))
+    rows = np.concatenate([values, values[:3] + 0.25, -values[:3], values[:1] + 1])
+    known = model.log_prob(replace(table, values=rows, rows=None))
+    np.testing.assert_allclose(module.log_density(rows), known, rtol=1e-5)
+    assert np.isneginf(module.log_density(-values[:3])).all()
+    z = np.asarray(jr.normal(jr.key(0), (2000, 6))) * 3
+    for i, column in enumerate(schema.modelled):
+        drawn = module._restore(module._ALL[i], z[:, i])
+        np.testing.assert_allclose(drawn, column.restore(z[:, i]), rtol=1e-13)
+        assert column.supports(drawn).all()
 
 
 def test_the_script_refuses_what_is_damaged(exported):

@@ -234,3 +234,18 @@ def test_new_texts_survive_imputation_and_impossible_cells_are_named(fitted):
     wrong = Table(NAMES, np.array([[0.0, -2, np.nan, 1, 2.0]]), cells=cells)
     with pytest.raises(InputError, match="'visits', row 1 holds -2"):
         model.impute(jr.key(0), wrong)
+
+
+def test_a_law_far_narrower_than_its_neighbours_is_drawn_from():
+    """z is y and little more: few draws of y are near a fixed z, so more are made."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=800)
+    table = Table(("y", "z"), np.column_stack([y, y + 0.05 * rng.normal(size=800)]))
+    model, _ = fit_table(table, partial=True, steps=400)
+    drawn = model.sample(jr.key(0), 300, fixed={"z": 2.0})
+    assert len(np.unique(drawn.column("y"))) > 200
+    assert abs(np.median(drawn.column("y")) - 2) < 0.3
+    _, effective = model.impute(jr.key(0), Table(("y", "z"), np.array([[np.nan, 2.0]] * 3)))
+    assert (effective >= 32).all()
+    with pytest.warns(UserWarning, match="improbable together"):
+        model.sample(jr.key(0), 300, fixed={"z": 60.0})

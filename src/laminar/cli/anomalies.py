@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from laminar.tables.drift import DriftReport
     from laminar.tables.explain import Reason
 
+_FEW_DRAWS = 10  # draws that count, below which what is filled in is rough
 _SHOWN = 10  # rows and tests that are printed
 
 TopOption = Annotated[
@@ -310,3 +311,9 @@ def impute(
         )
         return
     print(f"{gaps:,} missing cells of {len(rows):,} rows filled in; written to {out}")
+    few = int((effective < _FEW_DRAWS).sum())
+    if few:
+        print(
+            f"{few:,} rows hold cells that are improbable together, so that few draws count beside "
+            f"them (the fewest: {least:.1f}); what is filled in there is rough"
+        )

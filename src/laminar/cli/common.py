@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -276,6 +277,16 @@ def jax_session(
         stack.enter_context(jax.enable_x64(precision == "float64"))
         if doing is not None:
             stack.enter_context(_working(doing))
+        stack.enter_context(_warnings_as_notes())
+        yield
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """What the library warns of is a remark here, without the lines of code it came from."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module=r"laminar\.")
+        warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
         yield
 
 
@@ -392,7 +403,13 @@ def load_detector(path: str) -> "Detector":
 
 
 def say_seen(detector: "Detector", rows: "Table") -> None:
-    """Remark that p-values mean little for rows that the model was fitted to."""
+    """Remark on rows whose p-values mean little, or that have none."""
+    unscored = int(detector.unscored(rows).sum())
+    if unscored:
+        say(
+            f"note: {unscored:,} of {len(rows):,} rows have gaps in columns that had none in the "
+            "fit, and so no score and no p-value; fill them in first, as laminar impute does."
+        )
     seen = int(detector.calibration.seen(rows).sum())
     if 2 * seen > len(rows):
         say(

@@ -199,8 +199,18 @@ class FlowClassifier(ClassifierMixin, RowReader):
         return np.exp(self.predict_log_proba(X))
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable class of each row, (N,)."""
+        """The most probable class of each row, (N,).
+
+        Raises:
+            InputError: If a row has no probabilities, because the densities fail on it numerically.
+        """
         log_p = self.predict_log_proba(X)
+        lost = np.isnan(log_p).any(axis=1)
+        if lost.any():
+            raise InputError(
+                f"FlowClassifier: row {int(lost.argmax()) + 1} has the probabilities NaN, since "
+                "the densities fail on it numerically; look for values far outside the others."
+            )
         return self.classes_[log_p.argmax(axis=1)]
 
     def log_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:

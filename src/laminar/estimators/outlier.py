@@ -46,7 +46,8 @@ class FlowOutlier(OutlierMixin, RowModel):
         feature_names_in_: Their names, where the rows of `fit` had names.
 
     Notes:
-        A fit with weights differs from one with repeated rows, as in `FlowDensity`.
+        A fit with weights differs from one with repeated rows, as in `FlowDensity`. Weights count
+        in the density, in `offset_` and in p-values, which are then those of the weighted law.
 
     References:
         Bates et al. (2023), "Testing for outliers with conformal p-values".
@@ -86,7 +87,7 @@ class FlowOutlier(OutlierMixin, RowModel):
             TrainingError: If training stays non-finite.
         """
         share = _AUTO if self.contamination == "auto" else self.contamination
-        if isinstance(share, str) or not 0 < share <= 0.5:
+        if isinstance(share, str) or share is None or not 0 < share <= 0.5:
             raise InputError(
                 f"FlowOutlier: contamination is {self.contamination!r}; give a share above 0 and "
                 "up to 0.5, or 'auto'."
@@ -100,7 +101,8 @@ class FlowOutlier(OutlierMixin, RowModel):
             both, name = with_weights(table, weights)
             self.detector_, self.report_ = fit_detector(both, weights=name, **self._options(seed))
             self.model_ = self.detector_.model
-        self.offset_ = float(np.percentile(self._scores(table), 100 * share))
+        own = {} if weights is None else {"weights": weights, "method": "inverted_cdf"}
+        self.offset_ = float(np.quantile(self._scores(table), share, **own))
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:

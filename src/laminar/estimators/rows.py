@@ -19,8 +19,8 @@ class RowReader(FlowEstimator):
     """Base of the estimators: reads rows, and remembers how.
 
     An array, or a frame of numbers alone, is a table of real columns. A frame with texts, dates or
-    categories, or any frame with declared `kinds`, is a table whose columns are what their cells
-    say.
+    categories, or any frame with `kinds` where the estimator takes them, is a table whose columns
+    are what their cells say.
     """
 
     kinds: Mapping[str, str] | None = None

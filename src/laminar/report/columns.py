@@ -129,17 +129,22 @@ def pair(study: Study, a: str, b: str) -> tuple[Panel, Panel]:
             v.axis.share(v.spread(values[chosen], rng))
             for v, values in zip((x, y), own, strict=True)
         ]
-        rank = _correlation(*(values for values in own))
-        summary = f"{count} {what}; rank correlation of {a} and {b}: {rank:.2f}."
+        summary = f"{count} {what} of {a} and {b}"
+        if not (x.categorical or y.categorical):
+            summary += f"; their rank correlation: {_correlation(*own):.2f}"
+        summary += "."
         panels.append(charts.cloud(what, summary, (x.axis, y.axis), np.stack(both, 1), role))
     return panels[0], panels[1]
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, with mean ranks of ties."""
+    from scipy.stats import rankdata
+
     there = np.isfinite(a) & np.isfinite(b)
     if there.sum() < 3:
         return float("nan")
-    ranks = [np.argsort(np.argsort(v[there])).astype(np.float64) for v in (a, b)]
+    ranks = [rankdata(v[there]) for v in (a, b)]
     deviations = [r - r.mean() for r in ranks]
     norm = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
     return float((deviations[0] * deviations[1]).sum() / norm) if norm > 0 else 0.0

@@ -74,10 +74,12 @@ def _codes(values: np.ndarray) -> np.ndarray:
 
 def _foremost(columns: np.ndarray) -> list[int]:
     """Positions of up to 48 columns: those of the strongest rank correlations."""
+    from scipy.stats import rankdata
+
     count = columns.shape[1]
     if count <= _MOST_COLUMNS:
         return list(range(count))
-    ranks = np.argsort(np.argsort(np.nan_to_num(columns), axis=0), axis=0).astype(np.float32)
+    ranks = rankdata(np.nan_to_num(columns), axis=0).astype(np.float32)
     ranks -= ranks.mean(axis=0)
     ranks /= np.sqrt((ranks**2).sum(axis=0)) + 1e-12
     strength = np.abs(ranks.T @ ranks)

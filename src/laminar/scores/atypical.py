@@ -67,7 +67,8 @@ def batch_typicality(
     The statistic |mean ln p − E ln p| of the batch is compared with what chance gives: that of as
     many rows drawn from the calibration ones, against the mean of a calibration set drawn likewise.
     A batch of normal rows has a statistic of the order of 1/√N + 1/√n, so that a shift too small to
-    be seen in any row shows in the batch (Nalisnick et al. 2019 b).
+    be seen in any row shows in the batch (Nalisnick et al. 2019 b). Rows of density zero have no
+    part in a mean: their shares are compared by Fisher's exact test, and p is twice the smaller.
 
     Args:
         log_p: Log-densities (N,) of the batch.
@@ -84,18 +85,28 @@ def batch_typicality(
     """
     batch = np.asarray(log_p, dtype=np.float64)
     known = np.asarray(calibration, dtype=np.float64)
-    known = known[np.isfinite(known)]
-    if not len(batch) or len(known) < 2 or draws < 1:
+    lost = [int(np.isneginf(v).sum()) for v in (batch, known)]
+    sizes = [len(batch), len(known)]
+    batch, known = batch[~np.isneginf(batch)], known[np.isfinite(known)]
+    if not sizes[0] or len(known) < 2 or draws < 1:
         raise InputError(
             f"batch_typicality needs rows, at least two finite calibration values and draws, and "
-            f"got {len(batch)}, {len(known)} and {draws}."
+            f"got {sizes[0]}, {len(known)} and {draws}."
         )
-    statistic = abs(float(batch.mean()) - float(known.mean()))
-    if math.isnan(statistic):
-        return BatchTypicality(math.nan, math.nan)
-    drawn = np.abs(_means(known, len(batch), draws, rng) - _means(known, len(known), draws, rng))
-    far = int((drawn >= statistic).sum())
-    return BatchTypicality(statistic, (far + 1) / (draws + 1))
+    statistic, p = math.inf, 1.0
+    if len(batch):
+        statistic = abs(float(batch.mean()) - float(known.mean()))
+        if math.isnan(statistic):
+            return BatchTypicality(math.nan, math.nan)
+        own, other = (_means(known, size, draws, rng) for size in (len(batch), len(known)))
+        p = (int((np.abs(own - other) >= statistic).sum()) + 1) / (draws + 1)
+    if any(lost):
+        from scipy.stats import fisher_exact
+
+        table = np.array([lost, np.subtract(sizes, lost)])
+        zeros = float(fisher_exact(table).pvalue)  # type: ignore[attr-defined]
+        p = min(2 * min(p, zeros), 1.0)
+    return BatchTypicality(statistic, p)
 
 
 def _means(known: np.ndarray, size: int, draws: int, rng: np.random.Generator) -> np.ndarray:

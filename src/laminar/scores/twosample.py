@@ -73,15 +73,17 @@ def uniform_test(u: np.ndarray) -> TwoSample:
 def category_test(a: np.ndarray, b: np.ndarray) -> TwoSample:
     """Pearson's χ² test that two sets take their categories with the same frequencies.
 
-    Categories expected fewer than five times in either set are put together.
+    Categories expected fewer than five times in either set are put together, and with the next rare
+    ones until five are expected of them all. Where only two categories are left, or nothing else
+    would be, Fisher's exact test takes the place of χ².
 
     Args:
         a: Categories (n,), as numbers; NaN, a missing one, is a category of its own.
         b: Categories (m,).
 
     Returns:
-        The total-variation distance of the frequencies, in [0, 1], and the p-value of χ²; NaN for
-        both where a set is empty.
+        The total-variation distance of the frequencies, in [0, 1], and the p-value; NaN for both
+        where a set is empty.
     """
     from scipy.special import gammaincc
 
@@ -93,16 +95,31 @@ def category_test(a: np.ndarray, b: np.ndarray) -> TwoSample:
         [np.bincount(c, minlength=len(levels)) for c in (codes[: len(a)], codes[len(a) :])]
     ).astype(np.float64)
     distance = 0.5 * float(np.abs(counts[0] / len(a) - counts[1] / len(b)).sum())
-    expected = counts.sum(axis=0) * min(len(a), len(b)) / (len(a) + len(b))
-    rare = expected < _LEAST_EXPECTED
-    if rare.any():
-        counts = np.column_stack([counts[:, ~rare], counts[:, rare].sum(axis=1)])
+    counts = _pooled(counts)
     if counts.shape[1] < 2:
         return TwoSample(distance, 1.0)
+    if counts.shape[1] == 2:
+        from scipy.stats import fisher_exact
+
+        return TwoSample(distance, float(fisher_exact(counts.astype(int)).pvalue))  # type: ignore[attr-defined]
     total = counts.sum(axis=0)
     mean = np.outer(counts.sum(axis=1) / counts.sum(), total)
     chi_square = float(((counts - mean) ** 2 / mean).sum())
     return TwoSample(distance, float(gammaincc((counts.shape[1] - 1) / 2, chi_square / 2)))
+
+
+def _pooled(counts: np.ndarray) -> np.ndarray:
+    """Counts (2, K) with rare categories put together; at least two columns where there were."""
+    counts = counts[:, np.argsort(counts.sum(axis=0), kind="stable")]
+    share = counts.sum(axis=1).min() / counts.sum()
+    expected = np.cumsum(counts.sum(axis=0)) * share
+    # As many of the rarest as are rare, and more until their sum is not.
+    rare = int((counts.sum(axis=0) * share < _LEAST_EXPECTED).sum())
+    enough = int((expected < _LEAST_EXPECTED).sum()) + 1
+    together = min(max(rare, enough if rare else 0), counts.shape[1] - 1)
+    if together < 2:
+        return counts
+    return np.column_stack([counts[:, :together].sum(axis=1), counts[:, together:]])
 
 
 def mmd_test(

@@ -2,7 +2,9 @@ r"""Which rows of a table are strange, how surely, and because of which columns.
 
 A `Detector` is a model and a `Calibration`: scores of rows that neither the model nor anything else
 in the detector has seen. So a row's p-value is exact in finite samples, whatever the model: see
-`laminar.scores.conformal`. That is why the model of a detector is not the one that `fit_table`
+`laminar.scores.conformal`. (`fit_table` looks at all rows to see what the columns are, the rows it
+calibrates on among them, so that those of its models are exact but for that; `fit_detector` looks
+at none.) That is why the model of a detector is not the one that `fit_table`
 fits last, to all rows of a small table: a model scores rows that it was fitted to too well, and a
 new row would look stranger than it is. The alternative, cross-conformal p-values from several
 models that each leave out a part, needs as many fits and bounds the error only by twice the level.
@@ -22,14 +24,13 @@ from laminar._errors import InputError
 from laminar.scores import (
     benjamini_hochberg,
     conditional_p_values,
-    conformal_p_values,
     contrast,
     null_share,
     typicality,
 )
-from laminar.tables.calibration import Calibration, calibrate
+from laminar.tables.calibration import Calibration, calibrate, some_rows
 from laminar.tables.explain import NODES, Conditionals, Reason, conditionals, reasons
-from laminar.tables.flow import fit_table, split
+from laminar.tables.flow import check_weights, fit_table, split
 from laminar.tables.latent import latent_log_tail
 from laminar.tables.model import TableFlow
 from laminar.tables.table import Table
@@ -50,7 +51,8 @@ class RowScores(NamedTuple):
             columns are given.
         neighbours: Minus the distance to the nearest training row, in a metric in which all columns
             weigh the same; NaN where columns are given.
-        score: The default; see `Calibration.score`.
+        score: The default; see `Calibration.score`. NaN where a row has gaps in columns that had
+            none in the fit: nothing says how usual that is.
         p_value: The conformal p-value of the default score.
     """
 
@@ -81,6 +83,7 @@ class Detection:
         adjusted: Adjusted p-values of every row, (N,).
         listed: Whether a row is on the list, (N,) of bool.
         level: The bound on the expected share of normal rows in the list.
+        null_share: The share of normal rows that the adjusted p-values count on; 1 by default.
         least_p_value: The smallest p-value that the calibration rows allow, 1 / (n + 1).
     """
 
@@ -89,6 +92,7 @@ class Detection:
     adjusted: np.ndarray
     listed: np.ndarray
     level: float
+    null_share: float
     least_p_value: float
 
     @property
@@ -101,7 +105,8 @@ class Detection:
     @property
     def least_together(self) -> int:
         """How many rows must be as strange as can be, so that any is listed."""
-        return int(np.ceil(self.least_p_value * len(self.rows) / self.level - 1e-9))
+        tests = self.null_share * int((~np.isnan(self.scores.p_value)).sum())
+        return int(np.ceil(self.least_p_value * tests / self.level - 1e-9))
 
 
 class Detector(eqx.Module):
@@ -138,8 +143,8 @@ class Detector(eqx.Module):
         known = self.calibration
         log_p = self.model.log_prob(rows)
         rows = rows.select(known.names).align(dict(zip(known.names, known.cells, strict=True)))
-        score = known.score(log_p, known.distance(rows))
-        return Scored(log_p, score, conformal_p_values(score, known.scores))
+        score = self._told(rows, known.score(log_p, known.distance(rows)))
+        return Scored(log_p, score, known.p_values(score))
 
     def scores(self, rows: Table, *, rng: np.random.Generator | None = None) -> RowScores:
         """Score rows in all ways there are.
@@ -159,8 +164,7 @@ class Detector(eqx.Module):
         log_p = model.log_prob(rows)
         rows = rows.select(known.names).align(dict(zip(known.names, known.cells, strict=True)))
         distance, background = known.distance(rows), known.background_log_prob(rows)
-        score = known.score(log_p, distance)
-        ties = "conservative" if rng is None else "random"
+        score = self._told(rows, known.score(log_p, distance))
         return RowScores(
             log_p,
             typicality(log_p, known.log_p),
@@ -168,8 +172,21 @@ class Detector(eqx.Module):
             contrast(log_p, background),
             -distance,
             score,
-            conformal_p_values(score, known.scores, ties=ties, rng=rng),
+            known.p_values(score, rng=rng),
         )
+
+    def unscored(self, rows: Table) -> np.ndarray:
+        """Whether rows have a gap in a column that had none in the fit, (N,).
+
+        Such a row has no score and no p-value: its log-density is that of its other cells alone,
+        which cannot be ranked among those of whole rows. Fill it in first (`TableFlow.impute`).
+        """
+        schema = self.model.schema
+        whole = [c.name for c in (*schema.columns, *schema.given) if c.modelled and not c.missing]
+        return np.asarray(np.isnan(rows.select(whole).values).any(axis=1))
+
+    def _told(self, rows: Table, score: np.ndarray) -> np.ndarray:
+        return np.where(self.unscored(rows), np.nan, score)
 
     def detect(
         self,
@@ -183,7 +200,8 @@ class Detector(eqx.Module):
 
         Benjamini–Hochberg on conformal p-values. The guarantee is for the expected share, over
         calibration sets and tables, if the normal rows of the table come from the distribution of
-        the rows that the detector was fitted to.
+        the rows that the detector was fitted to. With weights p-values are those of the weighted
+        law, and the bound on the list is not proven.
 
         Args:
             rows: The rows.
@@ -193,18 +211,25 @@ class Detector(eqx.Module):
                 this confidence; fewer rows are found.
 
         Raises:
-            InputError: When the level is out of range or the rows do not fit.
+            InputError: When the level is out of range, the rows do not fit, or a confidence is
+                asked of a detector with weights.
         """
         if not 0 < level < 1:
             raise InputError(f"The false-discovery rate must lie between 0 and 1, not {level:g}.")
         scores = self.score(rows)
         count = len(self.calibration.scores)
-        p, least = scores.p_value, 1 / (count + 1)
+        p, least = scores.p_value, self.calibration.least_p_value
         if confidence is not None:
+            if self.calibration.weights is not None:
+                raise InputError(
+                    "The detector was fitted with weights, and p-values that hold with a given "
+                    "confidence are known for rows of equal weight only; leave confidence out."
+                )
             p = conditional_p_values(p, count, confidence)
             least = float(conditional_p_values(np.array([least]), count, confidence)[0])
-        adjusted = benjamini_hochberg(p, null_share(p) if storey else 1.0)
-        return Detection(rows.rows, scores, adjusted, adjusted <= level, level, least)
+        share = null_share(p) if storey else 1.0
+        adjusted = benjamini_hochberg(p, share)
+        return Detection(rows.rows, scores, adjusted, adjusted <= level, level, share, least)
 
     def explain(self, rows: Table, top: int = 3) -> list[list[Reason]]:
         """The columns that make each row strange, the worst first.
@@ -230,13 +255,16 @@ class Detector(eqx.Module):
         """Conditional log-densities of some calibration rows."""
         known = self.calibration.table
         count = int(np.clip(_EVALUATIONS // (NODES * columns), _LEAST_RANKED, _MOST_RANKED))
-        return conditionals(self.model, known.take(np.arange(min(count, len(known)))), known)
+        # Drawn, as tables are often sorted; and the same ones at every call.
+        chosen = some_rows(len(known), count, np.random.default_rng(count))
+        return conditionals(self.model, known.take(chosen), known)
 
 
 def fit_detector(
     table: Table,
     *,
     given: Sequence[str] = (),
+    weights: str | None = None,
     seed: int = 0,
     calibration: float = 0.1,
     **options: Any,
@@ -250,6 +278,7 @@ def fit_detector(
     Args:
         table: At least 30 rows, taken to be normal; a few strange ones among them cost power.
         given: Columns to condition on.
+        weights: The column of the rows' weights; rows of weight zero are left out.
         seed: Of all draws.
         calibration: The share of rows to calibrate on; a fifth at least below 1,000 rows.
         **options: Passed on to `fit_table`.
@@ -261,6 +290,9 @@ def fit_detector(
         InputError: When rows or columns cannot be used.
         TrainingError: When training stays non-finite.
     """
+    if weights is not None:
+        check_weights(table, weights, given)
+        table = table.take(np.flatnonzero(table.column(weights) > 0))
     if len(table) < 30:
         raise InputError(
             f"{table.source} has {len(table)} rows, and a detector needs at least 30: some to fit "
@@ -268,7 +300,8 @@ def fit_detector(
         )
     kept, held = split(len(table), calibration, np.random.default_rng([seed, 3]))
     train = table.take(kept)
-    model, report = fit_table(train, given=given, seed=seed, **options)
-    model = TableFlow(model.flow, model.schema)
-    found = calibrate(model, train, table.take(held), seed=seed)
+    model, report = fit_table(train, given=given, weights=weights, seed=seed, **options)
+    model, rows = TableFlow(model.flow, model.schema), table.take(held)
+    own = None if weights is None else rows.column(weights)
+    found = calibrate(model, train, rows, weights=own, seed=seed)
     return Detector(model, found), {**report, "calibration_rows": len(found.scores)}

@@ -10,7 +10,7 @@ import equinox as eqx
 import numpy as np
 
 from laminar.density import AbstractDistribution
-from laminar.scores import nearest_distances
+from laminar.scores import conformal_p_values, nearest_distances
 from laminar.tables.cells import Cells
 from laminar.tables.metric import Metric, learn_metric
 from laminar.tables.schema import Schema
@@ -81,6 +81,7 @@ class Calibration(eqx.Module):
         rows: Some calibration rows in the user's numbers, (M, D), given columns included.
         names: The columns of these.
         cells: How their numbers stand for cells.
+        weights: Of the calibration rows, (n,), of mean one; None where all count alike.
     """
 
     flow: AbstractDistribution | None
@@ -93,6 +94,33 @@ class Calibration(eqx.Module):
     rows: np.ndarray
     names: tuple[str, ...] = eqx.field(static=True)
     cells: tuple[Cells, ...] = eqx.field(static=True)
+    weights: np.ndarray | None = None
+
+    def p_values(self, scores: np.ndarray, *, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The conformal p-values of scores, (N,); see `laminar.scores.conformal_p_values`.
+
+        Of weighted rows the law that they stand for is that of the weights. What a new row itself
+        weighs is not known, and the most that a calibration row does errs on the safe side.
+
+        Args:
+            scores: From `score`, (N,).
+            rng: Breaks ties at random; without it they count against strangeness.
+        """
+        new = None if self.weights is None else np.full(len(scores), self.weights.max())
+        return conformal_p_values(
+            scores,
+            self.scores,
+            weights=new,
+            calibration_weights=self.weights,
+            ties="conservative" if rng is None else "random",
+            rng=rng,
+        )
+
+    @property
+    def least_p_value(self) -> float:
+        """The smallest p-value that there can be, 1 / (n + 1) of n rows that count alike."""
+        w = np.ones(len(self.scores)) if self.weights is None else self.weights
+        return float(w.max() / (w.sum() + w.max()))
 
     @property
     def table(self) -> Table:
@@ -154,6 +182,7 @@ def calibrate(
     train: Table,
     held: Table,
     *,
+    weights: np.ndarray | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Make the calibration of a model.
@@ -162,18 +191,21 @@ def calibrate(
         model: The model, fitted to rows of `train` alone.
         train: Rows that it was fitted to.
         held: The calibration rows, which it has not seen.
+        weights: Their weights, or None; what is unusual is unusual among rows so weighted.
         seed: Of the choice of the rows that are kept.
 
     Returns:
         The calibration.
     """
     schema, rng = model.schema, np.random.default_rng([seed, 5])
-    names = (*schema.names, *schema.given_names)
-    train, held = (table.select(names).align(schema.cells) for table in (train, held))
-    held = held.take(some_rows(len(held), MOST_SCORES, rng))
+    kept = tuple(column.name for column in schema.columns if column.kind != "ignored")
+    names = (*kept, *schema.given_names)
+    cells = {name: schema.cells[name] for name in names}
+    train, held = (table.select(names).align(cells) for table in (train, held))
+    chosen = some_rows(len(held), MOST_SCORES, rng)
+    held = held.take(chosen)
     metric, background, points = None, None, np.zeros((0, 0), np.float32)
     log_p, distance = model.log_prob(held), np.full(len(held), np.nan)
-    kept = tuple(column.name for column in schema.columns if column.kind != "ignored")
     found = learn_metric(train, kept)
     some = train.take(some_rows(len(train), _most(MOST_POINTS, found.width), rng))
     fitted = model.log_prob(some)
@@ -197,6 +229,7 @@ def calibrate(
         held.values[some_rows(len(held), _most(MOST_ROWS, len(names)), rng)],
         names,
         held.cells,
+        None if weights is None else weights[chosen] / weights[chosen].mean(),
     )
 
 

@@ -154,7 +154,7 @@ class Column:
         """The logarithm of the slope of `standardise`, ln |dz/dx|."""
         x = np.asarray(x, dtype=np.float64)
         slope = np.full(x.shape, -math.log(self.scale))
-        low, high = self._ends
+        low, high = self.ends
         with np.errstate(divide="ignore", invalid="ignore"):
             if low is not None:
                 slope = slope - np.log(x - low)
@@ -187,13 +187,14 @@ class Column:
         return np.where(gone, np.nan, value), np.where(keep, np.where(gone, 0.0, term), -np.inf)
 
     @property
-    def _ends(self) -> tuple[float | None, float | None]:
+    def ends(self) -> tuple[float | None, float | None]:
         """The ends that a logarithm or logit takes to infinity; None for the real line's own."""
         if self.kind in ("positive", "bounded"):
             return self.low or 0.0, self.high if self.kind == "bounded" else None
         if self.fine and self.low is not None:
             # Half a step beyond, so that the cells of both ends are whole.
-            return self.low - self.step / 2, self.high and self.high + self.step / 2
+            high = None if self.high is None else self.high + self.step / 2
+            return self.low - self.step / 2, high
         return None, None
 
     def _clipped(self, x: np.ndarray) -> np.ndarray:
@@ -247,7 +248,7 @@ class Column:
         return x
 
     def _transformed(self, x: np.ndarray) -> np.ndarray:
-        low, high = self._ends
+        low, high = self.ends
         if low is None:
             return x
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -255,7 +256,7 @@ class Column:
             return t if high is None else t - np.log(np.maximum(high - x, 0.0))
 
     def _back(self, t: np.ndarray) -> np.ndarray:
-        low, high = self._ends
+        low, high = self.ends
         if low is None:
             return t
         if high is None:

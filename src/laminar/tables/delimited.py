@@ -69,6 +69,19 @@ class _Layout:
         )
 
 
+_LOOKED_AT, _MANY_TEXTS, _MOSTLY = 10_000, 10, 0.8  # texts of a column, and the share that is told
+_FORMS = (
+    (
+        "dates",
+        re.compile(r"^\d{1,4}[./-]\d{1,2}[./-]\d{1,4}(\s.*)?$"),
+        "write dates as 2024-12-31",
+    ),
+    (
+        "numbers",
+        re.compile(r"^[+-]?\s?[$€£¥]?\s?[+-]?\d[\d.,' ]*([eE][+-]?\d+)?\s?[%$€£¥]?$"),
+        "write numbers as 1234.5, without marks or separators, and leave missing cells empty",
+    ),
+)
 _ZEROS = re.compile(rb"""(?:^|[,;\t\r\n" ])0\d""")
 
 
@@ -89,7 +102,7 @@ def read_csv(path: str, wanted: list[str] | None, also: Sequence[str], _key: Non
             f"{path} is not a text file in UTF-8, UTF-16 or Windows-1252; save it as CSV in UTF-8."
         ) from None
     note = f"{path} is not in UTF-8 and was read as Windows-1252: check its accented letters."
-    return replace(table, notes=(note,))
+    return replace(table, notes=(note, *table.notes))
 
 
 def _read(layout: _Layout, wanted: list[str] | None, also: Sequence[str]) -> Table:
@@ -123,7 +136,28 @@ def _read(layout: _Layout, wanted: list[str] | None, also: Sequence[str]) -> Tab
             columns.append((values, replace(cells, zone=_zone(text[name]))))
         else:
             columns.append(arrow_column(column, name, path))
-    return stacked(names, columns, data.num_rows, path)
+    table = stacked(names, columns, data.num_rows, path)
+    return replace(table, notes=_looks(table))
+
+
+def _looks(table: Table) -> tuple[str, ...]:
+    """Remarks on columns of texts that are mostly numbers or dates in a form that is not read."""
+    notes = []
+    for name, cells in zip(table.names, table.cells, strict=True):
+        texts = [text.strip() for text in cells.levels[:_LOOKED_AT]]
+        if cells.kind != "text" or len(texts) < _MANY_TEXTS:
+            continue
+        for what, pattern, instead in _FORMS:
+            like = [text for text in texts if pattern.match(text)]
+            if len(like) >= _MOSTLY * len(texts):
+                others = [text for text in texts if not pattern.match(text)]
+                beside = f", beside others such as {short(others[0])}" if others else ""
+                notes.append(
+                    f"Column {name!r} of {table.source} is read as text, and its cells look like "
+                    f"{what} ({short(like[0])}{beside}); {instead}."
+                )
+                break
+    return tuple(notes)
 
 
 def _has_zeros(layout: _Layout) -> bool:

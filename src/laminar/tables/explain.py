@@ -138,13 +138,13 @@ def conditionals(model: TableFlow, rows: Any, known: Any) -> Conditionals:
     shape = (len(rows), count)
     log_p, below, at = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape)
     whole = evaluate(rows.values) if len(rows) else np.zeros(0)
-    step = max(_BLOCK // (NODES * len(rows.names)), 1)
     for d, column in enumerate(schema.columns):
         if not column.modelled:
             log_p[:, d] = np.where(column.supports(rows.values[:, d]), 0.0, -np.inf)
             below[:, d], at[:, d] = 0.0, 1.0
             continue
         plan = _Plan(column, known.values[:, d])
+        step = max(_BLOCK // (plan.cells_each * len(rows.names)), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             found = _column(plan, d, rows.values[part], whole[part], evaluate)
@@ -190,7 +190,7 @@ def quantiles(
     rows, known, evaluate = _prepared(model, rows, known)
     plan = _Plan(what, known.values[:, d])
     found = np.full((len(rows), len(wanted)), np.nan)
-    step = max(_BLOCK // (NODES * len(rows.names)), 1)
+    step = max(_BLOCK // (plan.cells_each * len(rows.names)), 1)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         found[part] = _inverted(plan, d, rows.values[part], evaluate, wanted)
@@ -204,7 +204,9 @@ def _prepared(
     schema = model.schema
     rows, known = (from_frame(t) if is_frame(t) else t for t in (rows, known))
     order = (*schema.names, *schema.given_names)
-    rows, known = (table.select(order).align(schema.cells) for table in (rows, known))
+    rows, known = (
+        schema.completed(table).select(order).align(schema.cells) for table in (rows, known)
+    )
 
     def evaluate(values: np.ndarray) -> np.ndarray:
         # A program is compiled for every number of rows; so there are few such numbers.
@@ -247,17 +249,47 @@ class _Plan:
             points = self._grid(present)
             if len(points) <= _MOST_POINTS:
                 atoms, self.dense = list(points), False
-        else:
+        elif not column.resolution:
             atoms = list(column.spikes)
         if column.missing:
             atoms.append(np.nan)
         self.atoms = np.unique(np.asarray(atoms, dtype=np.float64))
+        self._share(column)
         z = column.standardise(present)
         z = z[np.isfinite(z)]
         inner = np.quantile(z if len(z) else np.zeros(1), np.linspace(0, 1, _QUANTILES))
         self.spread = max(float(np.std(z)) if len(z) else 1.0, 0.05)
         tails = self.spread * np.asarray(_TAILS)
         self.nodes = np.concatenate([inner[0] - tails[::-1], inner, inner[-1] + tails])
+        if column.resolution and column.spikes:
+            # A shared value that is smoothed is a narrow peak of the density, which is found so.
+            beside = column.resolution * np.linspace(-0.5, 0.5, 5)
+            peaks = column.standardise(np.add.outer(np.asarray(column.spikes), beside).reshape(-1))
+            self.nodes = np.sort(np.concatenate([self.nodes, peaks]))
+
+    def _share(self, column: Column) -> None:
+        """Which atoms are asked for: rare categories are alike but for their shares."""
+        rare = np.isin(self.atoms, column.rare)
+        self._asked = np.concatenate([self.atoms[~rare], self.atoms[rare][:1]])
+        self._place = np.where(rare, len(self._asked) - 1, np.cumsum(~rare) - 1)
+        self._offset = np.zeros(len(self.atoms))
+        if rare.any():
+            share = dict(zip(column.rare, np.log(column.shares), strict=True))
+            logs = np.array([share[atom] for atom in self.atoms[rare]])
+            self._offset[rare] = logs - logs[0]
+
+    @property
+    def cells_each(self) -> int:
+        """How many rows are scored for one row."""
+        refined = (len(self.nodes) + NODES) if self.dense else 0
+        return max(refined + len(self._asked), 1)
+
+    def log_atoms(self, rows: int, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The log-probability of each atom in each of so many rows, (rows, A)."""
+        if not len(self.atoms):
+            return np.zeros((rows, 0))
+        asked = score(np.broadcast_to(self._asked, (rows, len(self._asked))))
+        return asked[:, self._place] + self._offset
 
     def _grid(self, present: np.ndarray) -> np.ndarray:
         """The points of a grid between the outermost values and a little beyond."""
@@ -314,11 +346,9 @@ def _column(
     """The log of p(x_d | x_−d), the probability below and that of the cell itself, each (N,)."""
     own = rows[:, d]
     score = _scorer(d, rows, evaluate)
-    atoms, log_atoms, is_atom = plan.atoms, np.zeros((len(rows), 0)), np.zeros(len(rows), bool)
-    if len(atoms):
-        log_atoms = score(np.broadcast_to(atoms, (len(rows), len(atoms))))
-        same = (own[:, None] == atoms) | (np.isnan(own)[:, None] & np.isnan(atoms))
-        is_atom = same.any(axis=1)
+    atoms, log_atoms = plan.atoms, plan.log_atoms(len(rows), score)
+    same = (own[:, None] == atoms) | (np.isnan(own)[:, None] & np.isnan(atoms))
+    is_atom = same.any(axis=1)
     if not plan.dense and not is_atom.all():
         # A category that was not there is one more atom of its row.
         log_atoms = np.concatenate([log_atoms, np.where(is_atom, -np.inf, whole)[:, None]], axis=1)
@@ -461,10 +491,8 @@ def _inverted(
     """Where the conditional distribution functions of rows reach levels, (N, Q)."""
     score = _scorer(d, rows, evaluate)
     count = len(rows)
-    atoms = plan.atoms[~np.isnan(plan.atoms)]
-    log_atoms = np.zeros((count, 0))
-    if len(atoms):
-        log_atoms = score(np.broadcast_to(atoms, (count, len(atoms))))
+    there = ~np.isnan(plan.atoms)
+    atoms, log_atoms = plan.atoms[there], plan.log_atoms(count, score)[:, there]
     z, log_f = np.zeros((count, 2)), np.full((count, 2), -np.inf)
     if plan.dense:
         z, log_f = _refined(plan, np.full(count, np.nan), score)

@@ -53,38 +53,87 @@ def _modelled(column):
     return column["kind"] not in ("constant", "ignored")
 
 
+def _clipped(column, x):
+    low, high = column["low"], column["high"]
+    return x if low is None and high is None else np.clip(x, low, high)
+
+
+def _on_grid(column):
+    """Whether it counts with the probabilities of its values: whole numbers and dates."""
+    return column["cell"] and column["step"] > 0
+
+
+def _supports(column, x):
+    """Whether values can occur, missing ones included."""
+    low, high, step = column["low"], column["high"], column["step"]
+    keep = np.ones(x.shape, bool)
+    with np.errstate(invalid="ignore"):
+        if column["kind"] in ("positive", "bounded"):
+            keep = x > (low or 0.0)
+            keep = keep if high is None else keep & (x < high)
+        elif column["kind"] in ("integer", "datetime", "ordinal") and _on_grid(column):
+            units = x - column["origin"]
+            whole = np.abs(units - np.round(units)) <= 1e-6 * np.maximum(1, np.abs(units))
+            keep = whole | (column["kind"] == "datetime")
+            keep = keep if low is None else keep & (x >= low - step / 2)
+            keep = keep if high is None else keep & (x <= high + step / 2)
+    return keep | np.isnan(x)
+
+
 def _transformed(column, x):
-    """A positive column's logarithm or a bounded one's logit, and the log of its slope."""
+    """The logarithm of the distance from the lower end, or the logit between both."""
+    low, high = column["ends"]
+    if low is None:
+        return x
     with np.errstate(divide="ignore", invalid="ignore"):
-        low = column["low"] or 0.0
-        above = np.where(x > low, x - low, np.nan)
-        if column["kind"] == "positive":
-            return np.log(above), -np.log(above)
-        if column["kind"] == "bounded":
-            below = np.where(x < column["high"], column["high"] - x, np.nan)
-            width = column["high"] - column["low"]
-            return np.log(above) - np.log(below), np.log(width) - np.log(above) - np.log(below)
-    # A whole number or a date on a fine grid counts with the probability of its cell.
-    cell = column["step"] > 0 and column["kind"] != "real"
-    return x, np.full(x.shape, np.log(column["step"]) if cell else 0.0)
+        t = np.log(np.maximum(x - low, 0.0))
+        return t if high is None else t - np.log(np.maximum(high - x, 0.0))
+
+
+def _log_slope(column, x):
+    """The logarithm of the slope of the standardised value."""
+    low, high = column["ends"]
+    slope = np.full(x.shape, -np.log(column["scale"]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if low is not None:
+            slope = slope - np.log(x - low)
+        if low is not None and high is not None:
+            slope = slope - np.log(high - x) + np.log(high - low)
+    return slope
+
+
+def _placed(column, x):
+    """Standardised values, and what their units bring to the log-density; -inf outside."""
+    keep, gone = _supports(column, x), np.isnan(x)
+    if _on_grid(column):
+        step, unseen = column["step"], column["unseen"]
+        near = _clipped(column, _onto_grid(x, column["origin"], step))
+        term = _log_slope(column, near) + np.log(step)
+        if unseen > 0:
+            off = np.abs(x - near) > 1e-6 * np.maximum(step, np.abs(x))
+            term += np.where(off, np.log(unseen) - np.log(step - 1), np.log1p(-unseen))
+        x = np.where(keep, near, x)
+    else:
+        term = _log_slope(column, np.where(keep, x, np.nan))
+    inside = np.where(keep, x, np.nan)
+    z = (_transformed(column, inside) - column["location"]) / column["scale"]
+    z = np.where(gone, np.nan, np.where(keep, z, 0.0))
+    return z, np.where(keep, np.where(gone, 0.0, term), -np.inf)
 
 
 def _standardise(rows, columns):
-    rows = np.asarray(rows, float)
-    parts = [
-        (_transformed(column, x)[0] - column["location"]) / column["scale"]
-        for column, x in zip(columns, rows.T)
-        if _modelled(column)
-    ]
+    """Standardised rows for the flow, and what the units bring to their log-densities."""
+    placed = [_placed(c, x) for c, x in zip(columns, np.asarray(rows, float).T) if _modelled(c)]
     with np.errstate(over="ignore"):
-        return jnp.asarray(np.stack(parts, axis=1).astype(_DTYPE))
+        z = jnp.asarray(np.stack([z for z, _ in placed], axis=1).astype(_DTYPE))
+    return z, sum(term for _, term in placed)
 
 
 def _conditions(given):
     """None, or the standardised conditions in a tuple of arguments."""
     if not any(map(_modelled, _ALL_GIVEN)):
         return ()
-    return (_standardise(given, _ALL_GIVEN),)
+    return _standardise(given, _ALL_GIVEN)[:1]
 
 
 def _onto_grid(x, origin, step):
@@ -96,15 +145,29 @@ def _onto_grid(x, origin, step):
     return points
 
 
+def _back(column, t):
+    """The inverse of the logarithm or logit; what would reach an end stays inside."""
+    low, high = column["ends"]
+    if low is None:
+        return t
+    if high is None:
+        with np.errstate(over="ignore"):
+            return low + np.clip(np.exp(t), 5e-324, 1.7e308)
+    rest = (high - low) * np.exp(-np.abs(t)) / (1.0 + np.exp(-np.abs(t)))
+    inside = np.where(t > 0, high - rest, low + rest)
+    return np.clip(inside, np.nextafter(low, np.inf), np.nextafter(high, -np.inf))
+
+
 def _restore(column, z):
     """Back to the table's units, onto the values that a column of ties can take."""
-    x = column["location"] + column["scale"] * np.asarray(z, float)
-    if column["kind"] == "positive":
-        x = (column["low"] or 0.0) + np.exp(x)
-    if column["kind"] == "bounded":
-        x = column["low"] + (column["high"] - column["low"]) / (1 + np.exp(-x))
+    x = _back(column, column["location"] + column["scale"] * np.asarray(z, float))
     if column["step"] > 0:
         x = _onto_grid(x, column["origin"], column["step"])
+    if _on_grid(column):
+        x = _clipped(column, x)
+    if column["step"] > 0 and column["kind"] in ("positive", "bounded"):
+        x = np.maximum(x, (column["low"] or 0.0) + column["step"])
+        x = x if column["high"] is None else np.minimum(x, column["high"] - column["step"])
     if column["levels"] and column["kind"] == "real":
         levels = np.array(column["levels"])
         nearest = levels[np.abs(x[:, None] - levels).argmin(axis=1)]
@@ -116,17 +179,14 @@ def _restore(column, z):
 def log_density(rows, given=None):
     """The log-density of rows in nats; -inf where a constant column has another value."""
     rows = np.asarray(rows, float)
-    log_p = _load("log_prob.bin")(_standardise(rows, _ALL), *_conditions(given))
-    log_p = np.asarray(log_p, float)
+    z, terms = _standardise(rows, _ALL)
+    log_p = np.asarray(_load("log_prob.bin")(z, *_conditions(given)), float)
     for column, cells in zip(_ALL, rows.T):
         if column["kind"] == "constant":
-            log_p = np.where((cells == column["location"]) | np.isnan(cells), log_p, -np.inf)
-        elif _modelled(column):
-            # Outside the support the transformed value is NaN, and so is the log of its slope.
-            slope = _transformed(column, cells)[1] - np.log(column["scale"])
-            outside = np.isnan(slope) & ~np.isnan(cells)
-            log_p = np.where(outside, -np.inf, log_p + slope)
-    return log_p
+            same = (cells == column["location"]) | np.isnan(cells)
+            terms = np.where(same, terms, -np.inf)
+    # Rows outside the support were moved inside it, so what the flow says of them is finite.
+    return np.where(np.isneginf(terms), -np.inf, log_p + terms)
 
 
 def sample(n=None, seed=0, given=None):
@@ -171,7 +231,7 @@ def export_table(model: TableFlow, path: PathLike) -> Path:
             "or missing cells. Save it with laminar.save, and score with laminar."
         )
     meta: dict[str, Any] = {
-        "columns": [dataclasses.asdict(column) for column in schema.columns],
-        "given": [dataclasses.asdict(column) for column in schema.given],
+        "columns": [dataclasses.asdict(c) | {"ends": c.ends} for c in schema.columns],
+        "given": [dataclasses.asdict(c) | {"ends": c.ends} for c in schema.given],
     }
     return write_export(model.flow, path, ("cpu",), 0, meta, {"table.py": _SCRIPT.encode()})

@@ -200,7 +200,8 @@ def _prepare(
 ) -> _Data:
     w = None
     if weights is not None:
-        w, table = _weights(table, weights, given)
+        check_weights(table, weights, given)
+        w, table = _weights(table, weights)
     table.positions(given)
     if len(table) < MIN_ROWS:
         raise InputError(
@@ -228,7 +229,9 @@ def _calibrated(model: TableFlow, trained: "Trained", data: _Data, seed: int) ->
     The calibration is of the first fit, which the rows that were held out are new to.
     """
     train, held = (data.table.take(part) for part in (data.train, data.held))
-    known = calibrate(model, train, held, seed=seed)
+    known = calibrate(
+        model, train, held, weights=data.part(data.held, noisy=False).weights, seed=seed
+    )
     if trained.refit is None:
         return TableFlow(trained.flow, data.schema, known)
     # Where rows are few, it pays to use those that were held out too.
@@ -443,8 +446,8 @@ def weighted_mean(log_p: np.ndarray, weights: np.ndarray | None = None) -> dict[
     return {"log_density": mean, "error": error, "rows": len(log_p)}
 
 
-def _weights(table: Table, name: str, given: tuple[str, ...]) -> tuple[np.ndarray, Table]:
-    """The column of weights, checked and scaled to mean one, and the table without it."""
+def check_weights(table: Table, name: str, given: Sequence[str]) -> None:
+    """Refuse weights that are missing, negative or all zero, or that are given as well."""
     weights = table.column(name)
     if np.isnan(weights).any():
         row = table.rows[int(np.isnan(weights).argmax())]
@@ -462,9 +465,13 @@ def _weights(table: Table, name: str, given: tuple[str, ...]) -> tuple[np.ndarra
         )
     if not weights.sum() > 0:
         raise InputError(f"{table.source}: column {name!r} of weights is zero in every row.")
-    rest = [column for column in table.names if column != name]
-    if not rest:
+    if len(table.names) == 1:
         raise InputError(f"{table.source} has no column besides the weights; name one to model.")
+
+
+def _weights(table: Table, name: str) -> tuple[np.ndarray, Table]:
+    """The column of weights, scaled to mean one, and the table of the rows with one, without it."""
+    weights, rest = table.column(name), [column for column in table.names if column != name]
     keep = np.flatnonzero(weights > 0)
     weights = weights[keep]
     return weights / weights.mean(), table.select(rest).take(keep)

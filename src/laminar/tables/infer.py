@@ -76,7 +76,7 @@ def learn_column(
     there = values[~np.isnan(values)]
     missing = len(there) < len(values)
     if kind == "ignored":
-        return Column(name, "ignored", 0.0, cells=cells)
+        return _left_out(name, cells)
     distinct, counts = np.unique(there, return_counts=True)
     if not len(distinct):
         return Column(name, "constant", math.nan, cells=cells)
@@ -86,7 +86,7 @@ def learn_column(
         return Column(name, "constant", float(distinct[0]), cells=cells)
     kind = kind or _kind(cells, there, condition)
     if kind == "ignored":
-        return Column(name, "ignored", 0.0, cells=cells)
+        return _left_out(name, cells)
     _check_fit(name, kind, cells)
     seen = there if train is None else train[~np.isnan(train)]
     seen = seen if len(seen) else there
@@ -105,6 +105,11 @@ def learn_column(
     low, high = np.percentile(z, (5.0, 95.0))
     unit = max((high - low) / 3.289707, column.step / column.scale, 1e-6)
     return dataclasses.replace(column, heavy=float(unit))
+
+
+def _left_out(name: str, cells: Cells) -> Column:
+    """A column that is not modelled, without its texts: who has the model need not have them."""
+    return Column(name, "ignored", 0.0, cells=dataclasses.replace(cells, levels=()))
 
 
 def parse_kind(name: str, declared: str | None) -> tuple[Kind | None, tuple[float, ...]]:

@@ -1,5 +1,6 @@
 """TableFlow: the density of a table's rows in the user's units."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,8 +33,10 @@ Given = Table | Mapping[str, Any] | np.ndarray | None
 PARTICLES = 256
 """Draws of the missing cells of a row from which those that are given out are chosen."""
 
-_LEAST_PADDED, _MOST_PADDED = 32, 4096
+_LEAST_PADDED, _DOUBLED = 32, 4096  # rows; above the second three quarters are lengths too
 _MOST_SCALARS = 10_000_000  # of particles at once, so that memory stays bounded
+_ENOUGH = 32.0  # particles, effectively, behind the draws of a row
+_MOST = 64  # times as many particles for rows whose first ones nearly all miss
 
 
 class TableFlow(eqx.Module):
@@ -114,11 +117,13 @@ class TableFlow(eqx.Module):
 
         Returns:
             A table of n rows, or of n · M rows: n for the first condition, then n for the second.
-            It has the columns of the fitted table in their order, the given ones among them.
+            It has the columns of the fitted table in their order, the given ones among them. Where
+            fixed values are so improbable together that few draws count beside them, rows repeat,
+            and a warning says so.
 
         Raises:
             InputError: If n is not positive, a condition is missing or not wanted, or a fixed value
-                is none that its column can have.
+                is none that its column can have, or impossible beside another.
         """
         if n < 1:
             raise InputError(f"The number of rows to sample must be at least 1, not {n}.")
@@ -131,13 +136,14 @@ class TableFlow(eqx.Module):
         held = None if fixed is None else self._fixed(fixed)
         if held is not None:
             events = np.repeat(self._opened(schema.encode(held)[0], held), count, axis=0)
-            drawn = self._completed(key, events, standard, n, max(PARTICLES, 4 * n))[0]
+            drawn, effective = self._completed(key, events, standard, n, PARTICLES)
+            _say_collapsed(effective, n)
         elif standard is None:
             drawn = np.asarray(self.flow.sample(key, (padded_length(n * count),)))[: n * count]
         else:
             drawn = np.asarray(
-                self.flow.sample(key, (padded_length(n),), cast(standard, self.flow))
-            )[:n]
+                self.flow.sample(key, (padded_length(n),), cast(padded(standard), self.flow))
+            )[:n, :count]
             drawn = np.moveaxis(drawn, 0, 1).reshape(n * count, *schema.shape)
         values = schema.decode(drawn, seed=_seed(key))
         if held is not None:
@@ -173,8 +179,8 @@ class TableFlow(eqx.Module):
             rows: A table with the columns of the schema; NaN where a cell is missing.
             draws: How many draws of each row.
             given: The condition, as in `log_prob`.
-            particles: Draws that the result is chosen from; more for rows in which cells are
-                missing that the others say much about.
+            particles: Draws that the result is chosen from. Rows in which nearly all of them miss,
+                because the cells that are there say much of the others, get up to 64 times as many.
 
         Returns:
             The table of draws · N rows, all draws of the first row first; and the effective sample
@@ -284,31 +290,61 @@ class TableFlow(eqx.Module):
         particles: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws of whole events, (N · draws, 2, d), and effective sample sizes (N,)."""
-        flow = self._partial()
+        particles = bucket(particles, PARTICLES, doubled=PARTICLES)
         filled, effective = [], []
         size = max(_MOST_SCALARS // (particles * 2 * len(self.schema.modelled)), 1)
         for begin in range(0, len(events), size):
             draw_key, choose_key = jr.split(jr.fold_in(key, begin))
             part = slice(begin, begin + size)
-            count = len(events[part])
-            own = None if condition is None else cast(padded(condition[part]), flow)
-            x, log_w = flow.complete(draw_key, cast(padded(events[part]), flow), (particles,), own)
-            log_w = np.asarray(log_w, np.float64)[:, :count]
-            top = log_w.max(axis=0)
-            w = np.exp(log_w - np.where(np.isfinite(top), top, 0.0))
-            total = w.sum(axis=0)
-            with np.errstate(invalid="ignore"):
-                effective.append(np.where(total > 0, total**2 / (w**2).sum(axis=0), 0.0))
+            own = None if condition is None else condition[part]
+            found = self._weighted(draw_key, events[part], own, max(_ENOUGH, draws), particles)
+            effective += [_effective(log_w) for _, log_w in found]
             # Systematic resampling: one uniform number, and equal steps through the weights.
-            start = np.asarray(jr.uniform(choose_key, (padded_length(count),)), np.float64)
-            points = (start[None, :count] + np.arange(draws)[:, None]) / draws
-            heaped = np.cumsum(w, axis=0)
-            chosen = np.stack(
-                [np.searchsorted(h, p * h[-1]) for h, p in zip(heaped.T, points.T, strict=True)]
+            start = np.asarray(jr.uniform(choose_key, (padded_length(len(found)),)), np.float64)
+            for (x, log_w), u in zip(found, start, strict=False):
+                top = log_w.max()
+                heaped = np.cumsum(np.exp(log_w - (top if np.isfinite(top) else 0.0)))
+                points = (u + np.arange(draws)) / draws
+                chosen = np.searchsorted(heaped, points * heaped[-1])
+                filled.append(x[np.minimum(chosen, len(x) - 1)])
+        return np.concatenate(filled), np.asarray(effective)
+
+    def _weighted(
+        self,
+        key: PRNGKeyArray,
+        events: np.ndarray,
+        condition: np.ndarray | None,
+        wanted: float,
+        particles: int,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Particles (P, 2, d) of each row and their log-weights (P,), more where few of them count.
+
+        Rows that lack some fill the whole batch in further rounds, so that all of them run the
+        same program.
+        """
+        flow, length = self._partial(), padded_length(len(events))
+        found = [(np.zeros((0, *self.schema.shape)), np.zeros(0)) for _ in events]
+        rows, turn = np.arange(length) % len(events), 0
+        while len(rows):
+            own = None if condition is None else cast(condition[rows], flow)
+            x, log_w = flow.complete(
+                jr.fold_in(key, turn), cast(events[rows], flow), (particles,), own
             )
-            picked = np.asarray(x)[np.minimum(chosen, particles - 1), np.arange(count)[:, None]]
-            filled.append(picked.reshape(-1, *self.schema.shape))
-        return np.concatenate(filled), np.concatenate(effective)
+            x, log_w = np.asarray(x), np.asarray(log_w, np.float64)
+            lacking = []
+            for row in np.unique(rows):
+                mine = np.flatnonzero(rows == row)[:_MOST]
+                drawn = x[:, mine].reshape(-1, *self.schema.shape)
+                own_x, own_w = found[row]
+                found[row] = (
+                    np.concatenate([own_x, drawn]),
+                    np.concatenate([own_w, log_w[:, mine].reshape(-1)]),
+                )
+                count = len(found[row][1])
+                if _effective(found[row][1]) < wanted and count < _MOST * max(particles, wanted):
+                    lacking.append(row)
+            rows, turn = np.resize(np.asarray(lacking, dtype=int), length * bool(lacking)), turn + 1
+        return found
 
     def _table(self, names: Sequence[str], values: np.ndarray, source: str) -> Table:
         """A table of rows that this model made, with the cells of the table it was fitted to."""
@@ -324,14 +360,7 @@ class TableFlow(eqx.Module):
             table = rows if known else self._named(rows, given is None)
         else:
             table = self._named(array_table(rows, source="the array of rows"), given is None)
-        # What is ignored need not be there.
-        unused = [c.name for c in self.schema.columns if c.kind == "ignored"]
-        for name in unused:
-            if name not in table.names:
-                gone = np.full((len(table), 1), np.nan)
-                cells = (*table.cells, self.schema.cells[name])
-                values = np.concatenate([table.values, gone], axis=1)
-                table = replace(table, names=(*table.names, name), values=values, cells=cells)
+        table = self.schema.completed(table)
         missing = [name for name in names if name not in table.names]
         if missing:
             error = unknown_column(missing[0], table.names, table.source)
@@ -407,15 +436,40 @@ class TableFlow(eqx.Module):
 
 
 def padded(rows: np.ndarray | None) -> np.ndarray | None:
-    """Few rows repeated up to a power of two: few lengths, so that few programs are compiled."""
-    if rows is None or not 0 < len(rows) <= _MOST_PADDED:
+    """Rows repeated up to one of few lengths, so that few programs are compiled."""
+    if rows is None or not len(rows):
         return rows
     return rows[np.minimum(np.arange(padded_length(len(rows))), len(rows) - 1)]
 
 
 def padded_length(rows: int) -> int:
     """The length that so many rows are padded to."""
-    return rows if rows > _MOST_PADDED else bucket(rows, _LEAST_PADDED)
+    return bucket(rows, _LEAST_PADDED, doubled=_DOUBLED)
+
+
+def _effective(log_w: np.ndarray) -> float:
+    """The effective sample size (Σ w)² / Σ w² of particles; 0 where none has a weight."""
+    top = log_w.max()
+    if not np.isfinite(top):
+        return 0.0
+    w = np.exp(log_w - top)
+    return float(w.sum() ** 2 / np.square(w).sum())
+
+
+def _say_collapsed(effective: np.ndarray, n: int) -> None:
+    """Refuse fixed values that cannot stand together, and warn where their draws repeat."""
+    least = float(effective.min())
+    if least == 0:
+        raise InputError(
+            "The fixed values cannot stand beside each other: the model has found no row that has "
+            "them all; fix fewer columns, or other values."
+        )
+    if least < max(min(n, _ENOUGH), n / 4):
+        warnings.warn(
+            f"The fixed values are improbable together: the rows repeat, and are worth about "
+            f"{max(least, 1):.0f} independent draws{' of a condition' * (len(effective) > 1)}.",
+            stacklevel=3,
+        )
 
 
 def _with_new_texts(table: Table, rows: Table, draws: int) -> Table:

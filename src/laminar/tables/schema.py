@@ -120,6 +120,19 @@ class Schema:
         z = np.stack(numbers, axis=1)
         return (np.stack([z, np.stack(states, axis=1)], axis=1) if self.mixed else z), terms
 
+    def completed(self, table: Table) -> Table:
+        """The table with an empty column for each that is left out here and absent there."""
+        absent = [c for c in self.columns if c.kind == "ignored" and c.name not in table.names]
+        if not absent:
+            return table
+        gone = np.full((len(table), len(absent)), np.nan)
+        return dataclasses.replace(
+            table,
+            names=(*table.names, *(c.name for c in absent)),
+            values=np.concatenate([table.values, gone], axis=1),
+            cells=(*table.cells, *(c.cells for c in absent)),
+        )
+
     def condition(self, values: np.ndarray) -> np.ndarray | None:
         """Rows of given columns, (N, C), as conditions (N, c), or None when c = 0."""
         parts = [
@@ -173,7 +186,9 @@ class Schema:
             )
         unused = [c.name for c in self.given if not c.modelled]
         if unused:
-            notes.append(f"{_columns(unused)} constant and ignored as a condition.")
+            notes.append(
+                f"{_columns(unused)} constant, or an identifier, and ignored as a condition."
+            )
         return notes
 
     def _kinds(self) -> list[str]:
