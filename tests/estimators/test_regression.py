@@ -10,6 +10,8 @@ from sklearn.base import clone
 import laminar
 from laminar import FlowRegressor
 from laminar._errors import InputError
+from laminar.estimators.regression import _say_shared
+from laminar.tables.infer import learn_column
 
 SMALL = {"members": 3, "steps": 400, "width": 24, "depth": 1, "random_state": 0}
 
@@ -145,3 +147,12 @@ def test_without_trees_the_flow_finds_the_location():
     X, y, loc, _ = make(900)
     model = FlowRegressor(**{**SMALL, "steps": 800, "location": None}).fit(X, y)
     assert np.corrcoef(model.predict(X), loc)[0, 1] > 0.9
+
+
+def test_a_value_that_many_responses_share_is_warned_of():
+    rng = np.random.default_rng(0)
+    y = np.where(rng.random(500) < 0.7, 0.0, rng.lognormal(size=500))
+    with pytest.warns(UserWarning, match="% of y are exactly 0"):
+        _say_shared(learn_column("y", y), y)
+    with pytest.raises(InputError, match="use FlowClassifier"):
+        FlowRegressor().fit(rng.normal(size=(30, 2)), np.repeat(["a", "b"], 15).astype(object))

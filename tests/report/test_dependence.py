@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from laminar.report.columns import _correlation
 from laminar.report.dependence import dependent_pairs, mutual_information
 
 
@@ -47,3 +48,11 @@ def test_a_wide_table_is_looked_at_where_it_matters():
     x = rng.normal(size=(400, 300))
     x[:, 271] = x[:, 14] + 0.1 * x[:, 271]
     assert dependent_pairs(x, 1, rng)[0][:2] == (14, 271)
+
+
+def test_ties_have_no_correlation_of_their_own():
+    rng = np.random.default_rng(0)
+    rare = (rng.random((2, 2_000)) < 0.05).astype(float)
+    assert abs(_correlation(*rare)) < 0.1
+    x = rng.normal(size=300)
+    assert _correlation(x, np.exp(x)) == pytest.approx(1)

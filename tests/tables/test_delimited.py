@@ -211,3 +211,21 @@ def test_missing_cells_of_a_single_column_are_rows(tmp_path, cells):
     assert len(table) == 3
     found = [None if c is None or c != c else c for c in table.decoded()["x"]]
     assert found == cells
+
+
+@pytest.mark.parametrize(
+    ("cells", "what"),
+    [
+        ([f'"{i},234.50"' for i in range(1, 40)], "numbers"),
+        ([f"{i}%" for i in range(40)], "numbers"),
+        ([f"${i}.5" for i in range(40)], "numbers"),
+        ([*(str(i) for i in range(32)), *("-" * 6)], "numbers"),
+        ([f"03/{i:02d}/2024" for i in range(1, 30)], "dates"),
+    ],
+)
+def test_texts_that_look_like_numbers_or_dates_are_remarked_on(tmp_path, cells, what):
+    path = tmp_path / "t.csv"
+    path.write_text("name,x\n" + "".join(f"{cell},n{i}\n" for i, cell in enumerate(cells)))
+    (note,) = read_table(str(path)).notes
+    assert "'name'" in note
+    assert f"look like {what}" in note
