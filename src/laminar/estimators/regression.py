@@ -119,9 +119,10 @@ class FlowRegressor(RegressorMixin, RowReader):
         """
         if y is None:
             raise InputError("FlowRegressor requires y to be passed, but the target y is None.")
+        _refuse_texts(y)
         table, y = self._read(X, y, reset=True, y_numeric=True)
         index, w = kept(weights_of(sample_weight, table.values), len(table), "FlowRegressor")
-        X, y = table.values[index], _numbers(y)[index]
+        X, y = table.values[index], np.asarray(y, np.float64)[index]
         sizes = self._sizes(len(X))
         if y.min() == y.max():
             raise InputError(
@@ -256,9 +257,11 @@ class FlowRegressor(RegressorMixin, RowReader):
         return condition, (y - centre) / size, size
 
 
-def _numbers(y: Any) -> np.ndarray:
+def _refuse_texts(y: Any) -> None:
+    if np.asarray(y).dtype.kind not in "OUST":
+        return
     try:
-        return np.asarray(y, np.float64)
+        np.asarray(y, np.float64)
     except (TypeError, ValueError):
         raise InputError(
             "FlowRegressor: y holds something other than numbers; for classes use FlowClassifier."
