@@ -372,13 +372,15 @@ def validate(
     """
     params, rest = eqx.partition(state.model, recipe.spec)
 
-    # An inner jit, so that parameters and average share one trace.
-    @eqx.filter_jit
     def loss_of(params):
         return _mean_loss(eqx.combine(params, rest), chunks, key, recipe.objective)
 
-    loss = loss_of(params)
-    ema_loss = jnp.full((), jnp.nan, jnp.float32)
+    if state.ema is None:
+        loss, ema_loss = loss_of(params), jnp.full((), jnp.nan, jnp.float32)
+    else:
+        # One after the other in a loop, so that the density is compiled once and not twice.
+        both = jtu.tree_map(lambda *leaves: jnp.stack(leaves), params, state.ema)
+        loss, ema_loss = lax.map(loss_of, both)
     best, best_loss, best_step = state.best, state.best_loss, state.best_step
 
     def consider(candidate, value):
@@ -393,7 +395,6 @@ def validate(
 
     best, best_loss, best_step = consider(params, loss)
     if state.ema is not None:
-        ema_loss = loss_of(state.ema)
         best, best_loss, best_step = consider(state.ema, ema_loss)
     sound = jnp.isfinite(loss) & (state.in_a_row == 0)
     good = jtu.tree_map(lambda n, g: jnp.where(sound, n, g), (params, state.opt), state.good)
