@@ -38,6 +38,7 @@ from laminar.nn.masked import MaskedMLP
 WITHHELD = -1
 """The state of a column of which nothing is said."""
 
+_GENTLE, _AFFINE = 0.1, 2  # gain of the spline's parameters; how many are those of the affine map
 LINEAR = 4.0
 """Values within it are softened to themselves, those beyond it to their logarithm."""
 
@@ -175,8 +176,8 @@ class AutoregressiveDistribution(AbstractDistribution):
         for kind in ("density", "cells"):
             columns = _where(self.laws, lambda law, kind=kind: law.value == kind)
             if len(columns):
-                own = self.net.some_parameters(
-                    h, slice(logits_of(self.laws), None), columns, self.template.params
+                own = self._shaped(
+                    self.net.some_parameters(h, slice(logits_of(self.laws), None), columns)
                 )
                 tables = _tables([self.laws[i] for i in columns], value)
                 terms = self._value_terms(own, value[columns], tables, kind)
@@ -189,6 +190,18 @@ class AutoregressiveDistribution(AbstractDistribution):
         logits = self.net.some_parameters(h, slice(0, count), columns)
         states = np.array([self._open(self.laws[i]) for i in columns])
         return _pick(logits, state[columns], expand(jnp.asarray(states, state.dtype), state.ndim))
+
+    def _shaped(self, raw):
+        """Parameters of the template from what the network gives, ``(P, *batch)``.
+
+        The spline's move less than location and scale: a scale that is too wide could else be made
+        up for in the middle, where rows are, by a spline that leaves the tails as wide.
+        """
+        count = self.template.params.shape[0]
+        gain = np.full(count, _GENTLE)
+        gain[-_AFFINE:] = 1.0
+        gain = expand(jnp.asarray(gain, raw.dtype), raw.ndim)
+        return gain * raw + expand(self.template.params, raw.ndim)
 
     def _value_terms(self, params, value, tables, kind):
         """Ln p of values in their columns: of a density, or of a cell."""
@@ -265,7 +278,7 @@ class AutoregressiveDistribution(AbstractDistribution):
                 state = jnp.zeros_like(state)
             value = jnp.zeros_like(state)
             if kinds - {None}:
-                own = theta[logits:] + expand(template.params, theta.ndim)
+                own = self._shaped(theta[logits:])
                 noise = jr.logistic(value_key, batch, x.dtype)
                 drawn = template.forward_kernel(own, noise)[0]
                 if "heavy" in at:
@@ -345,7 +358,7 @@ class AutoregressiveDistribution(AbstractDistribution):
         tables, logits = _tables(self.laws, value), logits_of(self.laws)
         below, at = jnp.zeros_like(value), jnp.zeros_like(value)
         if any(law.value for law in self.laws):
-            own = params[logits:] + expand(self.template.params, params.ndim)
+            own = self._shaped(params[logits:])
             left = value - 0.5 * tables["width"]
             z, _ = self.template.inverse_kernel(own, _warped(left, tables.get("heavy"))[0])
             below = jnp.where(left < tables["low"], 0, jax.nn.sigmoid(z))

@@ -297,3 +297,9 @@ def test_an_upper_end_of_zero_is_an_end():
 def test_identifiers_are_not_kept():
     cells = Cells("text", tuple(f"user-{i}" for i in range(300)))
     assert column(np.arange(300), cells).cells.levels == ()
+
+
+def test_what_is_declared_real_stays_real():
+    assert column(rng().lognormal(0, 1.5, 200), declared="real").kind == "real"
+    spiked = np.where(rng().random(400) < 0.7, 0.0, 50 * rng().beta(2, 5, 400))
+    assert column(spiked).kind == "positive"  # zero is an end

@@ -261,7 +261,7 @@ def test_a_shared_value_that_is_smoothed_is_a_peak_of_the_density():
     zero = generator.random(600) < 0.05
     x = np.where(zero, 0.0, generator.normal(5e-4, 1e-4, 600))
     table = Table(("x", "y"), np.column_stack([x, generator.normal(size=600)]))
-    schema = learn_schema(table)
+    schema = learn_schema(table, kinds={"x": "real"})
     assert not schema.mixed
     width = schema.columns[0].resolution
     assert width > 0
@@ -272,7 +272,7 @@ def test_a_shared_value_that_is_smoothed_is_a_peak_of_the_density():
             peak = np.where(inside, np.log(0.05 / width), -np.inf)
         return np.logaddexp(peak, np.log(0.95) + norm.logpdf(values[:, 0], 5e-4, 1e-4))
 
-    model = known(table, log_prob)
+    model = known(table, log_prob, {"x": "real"})
     rows = Table(("x", "y"), np.column_stack([[6e-4, 4e-4, 0.0], np.zeros(3)]))
     found = quantiles(model, rows, table, "x", [0.02, 0.3, 0.8])
     levels = norm.ppf((np.array([0.3, 0.8]) - 0.05) / 0.95, 5e-4, 1e-4)

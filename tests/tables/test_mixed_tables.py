@@ -10,6 +10,7 @@ from laminar._errors import InputError
 from laminar.mixed import autoregressive_distribution
 from laminar.tables.cells import Cells
 from laminar.tables.flow import TableFlow, fit_table
+from laminar.tables.model import _say_collapsed
 from laminar.tables.schema import learn_schema
 from laminar.tables.table import Table
 
@@ -243,9 +244,33 @@ def test_a_law_far_narrower_than_its_neighbours_is_drawn_from():
     table = Table(("y", "z"), np.column_stack([y, y + 0.05 * rng.normal(size=800)]))
     model, _ = fit_table(table, partial=True, steps=400)
     drawn = model.sample(jr.key(0), 300, fixed={"z": 2.0})
-    assert len(np.unique(drawn.column("y"))) > 200
+    assert len(np.unique(drawn.column("y"))) > 150
     assert abs(np.median(drawn.column("y")) - 2) < 0.3
     _, effective = model.impute(jr.key(0), Table(("y", "z"), np.array([[np.nan, 2.0]] * 3)))
     assert (effective >= 32).all()
     with pytest.warns(UserWarning, match="improbable together"):
-        model.sample(jr.key(0), 300, fixed={"z": 60.0})
+        _say_collapsed(np.array([300.0, 3.0]), 300)
+    with pytest.raises(InputError, match="cannot stand beside each other"):
+        _say_collapsed(np.array([0.0]), 300)
+
+
+def test_tails_are_no_wider_than_the_law():
+    """A scale that is too wide, made up for in the middle, drew rows dozens of deviations away."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=1_500)
+    kind = rng.random(1_500) < 1 / (1 + np.exp(-2 * x))
+    y = 2 * x + 5 * kind + 0.5 * rng.normal(size=1_500)
+    cells = (Cells("boolean"), Cells(), Cells())
+    table = Table(("kind", "x", "y"), np.column_stack([kind, x, y]).astype(float), cells=cells)
+    model, report = fit_table(table)
+    drawn = model.sample(jr.key(0), 10_000)
+    rest = drawn.column("y") - 2 * drawn.column("x") - 5 * drawn.column("kind")
+    assert np.std(rest) < 0.7
+    assert (np.abs(rest) > 2.5).mean() < 0.004
+    assert np.corrcoef(drawn.column("kind"), drawn.column("x"))[0, 1] > 0.4
+    assert report["training"]["steps"] <= 3_000
+
+
+def test_weights_are_numbers():
+    with pytest.raises(InputError, match="not a number"):
+        fit_table(make(60, gaps=0), weights="city")

@@ -41,6 +41,8 @@ def report(
     """
     check_seed(seed)
     output_file(out, model, table)
+    if not out.lower().endswith((".html", ".htm")):
+        raise InputError(f"{out}: a report is a page; give a name that ends in .html.")
     with jax_session(model_precision(model), no_cache, "writing the report"):
         import jax.random as jr
 

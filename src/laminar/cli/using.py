@@ -67,6 +67,12 @@ def score(
         rows = read_for(flow, model, table)
         log_p = flow.log_prob(rows)
         _ignored_conditions(flow, rows)
+        gaps = int(flow.schema.new_gaps(rows).sum()) if rows.named else 0
+        if gaps and not explain:
+            say(
+                f"note: {gaps:,} of {len(rows):,} rows have gaps in columns that had none in the "
+                "fit: their log-density is that of the other cells alone."
+            )
         columns = {"row": rows.rows, "log_density": log_p}
         if explain:
             detector = load_detector(model)
@@ -82,7 +88,8 @@ def score(
     score = f", mean log-density {with_error(mean)} nats" if known else ""
     print(f"{len(rows):,} rows scored{score}; written to {out}")
     if outside:
-        print(f"{outside:,} rows lie outside the support: their log-density is -inf")
+        verb = "row lies" if outside == 1 else "rows lie"
+        print(f"{outside:,} {verb} outside the support, with a log-density of -inf")
 
 
 def _explained(detector: "Detector", rows: "Table", top: int) -> dict[str, Any]:

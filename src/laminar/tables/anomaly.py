@@ -181,9 +181,7 @@ class Detector(eqx.Module):
         Such a row has no score and no p-value: its log-density is that of its other cells alone,
         which cannot be ranked among those of whole rows. Fill it in first (`TableFlow.impute`).
         """
-        schema = self.model.schema
-        whole = [c.name for c in (*schema.columns, *schema.given) if c.modelled and not c.missing]
-        return np.asarray(np.isnan(rows.select(whole).values).any(axis=1))
+        return self.model.schema.new_gaps(rows)
 
     def _told(self, rows: Table, score: np.ndarray) -> np.ndarray:
         return np.where(self.unscored(rows), np.nan, score)
@@ -234,9 +232,9 @@ class Detector(eqx.Module):
     def explain(self, rows: Table, top: int = 3) -> list[list[Reason]]:
         """The columns that make each row strange, the worst first.
 
-        A column counts by how much less probable its cell is, given the rest of the row, than is
-        usual: by nats below the median of calibration rows. A row that is strange as a whole, and
-        in no cell given the others, has small numbers everywhere.
+        A column counts by how rarely calibration rows have a cell that is as improbable given the
+        rest of its row, and among equals by how many nats it lies below their median. A row that is
+        strange as a whole, and in no cell given the others, has no small p-value.
 
         Args:
             rows: The rows; about 80 densities are evaluated for each cell.

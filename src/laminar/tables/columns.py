@@ -7,10 +7,10 @@ value x with a density is taken to
 
 with t(x) = x, ln(x − low) for a positive column, or ln((x − low) / (high − x)) for a bounded one. A
 value on a grid has a probability instead, that of its cell, and ln p gets no such term; nor has a
-category. Where cells are very narrow, their probability is the density times their width. Of a column
-that has single values with a probability each on such a grid, the density still counts at these, and
-near its lower end ln(x − low) is curved within a cell: the probabilities then sum to a little less than
-one (0.98 of counts whose logarithm has a standard deviation of 3, 0.999 where it is 2).
+category. Where cells are very narrow, their probability is the density times their width. Where a
+column has single values with a probability each on such a grid, the density still counts at these,
+and near its lower end ln(x − low) is curved within a cell: the probabilities then sum to a little
+less than one (0.98 of counts whose logarithm has a standard deviation of 3, 0.999 where it is 2).
 """
 
 import dataclasses

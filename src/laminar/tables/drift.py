@@ -24,6 +24,7 @@ from laminar.tables.metric import learn_metric
 from laminar.tables.table import Table, listing, unknown_column
 
 _LEAST_ROWS = 5
+_FEW_VALUES = 10  # numbers of so few values are compared as categories, for KS would hold back
 _TRANSFORMED = 300  # rows whose cells are put through the conditional distribution functions
 
 
@@ -112,10 +113,10 @@ def drift(
 ) -> DriftReport:
     """Compare two tables, column by column and as a whole.
 
-    Columns of numbers are compared by Kolmogorov–Smirnov, categories without an order by χ²; where
-    cells are missing their share is compared too, and the column's p-value covers both. The kernel
-    two-sample test (MMD) compares whole rows, so that a change of dependence shows. Identifiers and
-    free text are left out.
+    Columns of numbers are compared by Kolmogorov–Smirnov, categories without an order and whatever
+    takes ten values or fewer by χ²; where cells are missing their share is compared too, and the
+    column's p-value covers both. The kernel two-sample test (MMD) compares whole rows, so that a
+    change of dependence shows. Identifiers and free text are left out.
 
     Args:
         known: The rows to compare with.
@@ -240,7 +241,8 @@ def _compare(known: Table, new: Table, name: str) -> Comparison:
     """One column: its values, and the share of missing cells where there are any."""
     a, b = known.column(name), new.column(name)
     cells = known.cells[known.names.index(name)]
-    if cells.kind == "text" and not cells.ordered:
+    few = len(np.unique(np.concatenate([a, b]))) <= _FEW_VALUES
+    if few or (cells.kind == "text" and not cells.ordered):
         return _test(name, "chi-square", category_test(a, b))
     found, gaps = ks_test(a, b), (np.isnan(a), np.isnan(b))
     if not (gaps[0].any() or gaps[1].any()):

@@ -72,9 +72,9 @@ class Reason(NamedTuple):
     Attributes:
         column: Its name.
         log_p: ln p(x_d | x_−d): of the cell given the others of the row.
-        excess: How many nats less that is than for the median of usual rows; it ranks columns
-            of all kinds and units alike.
-        p_value: The rank of `log_p` among the usual rows, as a p-value.
+        excess: How many nats less that is than for the median of usual rows.
+        p_value: The rank of `log_p` among the usual rows, as a p-value: the probability of a
+            number and that of a category are comparable only so.
     """
 
     column: str
@@ -92,7 +92,7 @@ def reasons(found: Conditionals, usual: Conditionals, top: int) -> list[list[Rea
         top: At most so many columns for each row.
 
     Returns:
-        For each row its columns, only those with a positive excess.
+        For each row its columns by p-value, then by excess; only those with a positive excess.
     """
     known = [own[~np.isnan(own)] for own in usual.log_p.T]
     medians = np.array([np.median(own) if len(own) else np.nan for own in known])
@@ -105,7 +105,8 @@ def reasons(found: Conditionals, usual: Conditionals, top: int) -> list[list[Rea
     ]
     result = []
     for row, nats in enumerate(excess):
-        order = np.argsort(-np.nan_to_num(nats, nan=-np.inf, posinf=1e300))[:top]
+        ranks = np.array([own[row] for own in p])
+        order = np.lexsort((-np.nan_to_num(nats, nan=-np.inf, posinf=1e300), ranks))
         result.append(
             [
                 Reason(
@@ -113,7 +114,7 @@ def reasons(found: Conditionals, usual: Conditionals, top: int) -> list[list[Rea
                 )
                 for d in order
                 if nats[d] > 0
-            ]
+            ][:top]
         )
     return result
 

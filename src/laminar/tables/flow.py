@@ -23,7 +23,7 @@ from laminar.tables.calibration import calibrate
 from laminar.tables.frames import from_frame, is_frame
 from laminar.tables.model import TableFlow, cast
 from laminar.tables.schema import Schema, dependent, learn_schema
-from laminar.tables.table import Table
+from laminar.tables.table import Table, refuse_non_numeric
 from laminar.train.density import fit_density, refit
 from laminar.train.fit import fit
 from laminar.train.history import History
@@ -35,8 +35,10 @@ MIN_ROWS = 20
 """Fewer rows than this are not fitted."""
 
 _MOST_HELD_OUT = 50_000
-_DECAY = 6_000.0  # of mixed rows: weight decay times rows
+_DECAY = 2_000.0  # of mixed rows: weight decay times rows
 _EPOCHS, _BATCH = 60, 256  # of mixed rows: passes, and rows in a step
+_STEPS = (3_000, 20_000)  # of mixed rows, at least and at most, unless held-out rows end them
+_CLIP = 50.0  # of mixed rows: a row far out has a large gradient, which must not slow the others
 _SMALL = 5_000  # rows; fewer get narrower networks
 _FOR_SAMPLING = ("planar", "radial", "sylvester")  # which score fast only when told
 
@@ -384,9 +386,14 @@ def fit_mixed(schema: Schema, partial: bool = False) -> Callable[..., Trained]:
         )
         # As a prior on the weights would, the decay falls as rows are added.
         decay = min(max(_DECAY / len(kept), 0.05), 10.0)
-        defaults: dict[str, Any] = {"learning_rate": 3e-3, "weight_decay": decay, "ema": 0.995}
+        defaults: dict[str, Any] = {
+            "learning_rate": 3e-3,
+            "weight_decay": decay,
+            "ema": 0.995,
+            "clip": _CLIP,
+        }
         if options.get("steps") is None and options.get("time_limit") is None:
-            defaults["steps"] = min(max(_EPOCHS * len(kept) // _BATCH, 1_000), 20_000)
+            defaults["steps"] = int(np.clip(_EPOCHS * len(kept) // _BATCH, *_STEPS))
         options = {name: value for name, value in options.items() if value is not None}
         try:
             flow, history = fit(
@@ -447,8 +454,9 @@ def weighted_mean(log_p: np.ndarray, weights: np.ndarray | None = None) -> dict[
 
 
 def check_weights(table: Table, name: str, given: Sequence[str]) -> None:
-    """Refuse weights that are missing, negative or all zero, or that are given as well."""
+    """Refuse weights that are no numbers, missing, negative or all zero, or given as well."""
     weights = table.column(name)
+    refuse_non_numeric(table.select((name,)))
     if np.isnan(weights).any():
         row = table.rows[int(np.isnan(weights).argmax())]
         raise InputError(

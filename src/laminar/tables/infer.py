@@ -84,6 +84,7 @@ def learn_column(
         raise InputError(f"Column {name!r} holds values beyond 1e150; divide it by a constant.")
     if len(distinct) == 1 and not missing:
         return Column(name, "constant", float(distinct[0]), cells=cells)
+    inferred = kind is None
     kind = kind or _kind(cells, there, condition)
     if kind == "ignored":
         return _left_out(name, cells)
@@ -95,7 +96,8 @@ def learn_column(
     if kind in ("integer", "datetime", "ordinal"):
         column = _counted(name, kind, cells, missing, there, seen, ends, condition)
     else:
-        column = _continuous(name, kind, cells, missing, there, seen, ends, condition, typed)
+        guess = inferred and typed
+        column = _continuous(name, kind, cells, missing, there, seen, ends, condition, typed, guess)
     if condition or column.states_only or kind == "datetime":  # the calendar has an end
         return column
     z = column.standardise(there[~np.isin(there, column.spikes)])
@@ -281,16 +283,16 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
 
 
 def _continuous(
-    name: str, kind: Kind, cells, missing, there, seen, ends, condition, typed
+    name: str, kind: Kind, cells, missing, there, seen, ends, condition, typed, guess
 ) -> Column:
-    """Numbers with a density: as they are, or their logarithm or logit."""
+    """Numbers with a density: as they are, or their logarithm or logit; a real one by `guess`."""
     location, scale = _standard(seen, there)
     common = {"cells": cells, "missing": missing}
     if condition:
         return Column(name, "real", location, scale, **common)
     distinct, counts = np.unique(there, return_counts=True)
     discrete, resolution, step, levels = _ties(distinct, counts, scale)
-    if kind == "real" and typed and not discrete:
+    if kind == "real" and guess and not discrete:
         kind = _positive(there, levels)
     if kind == "real":
         if resolution > 0:
@@ -354,7 +356,8 @@ def _positive(values: np.ndarray, levels: tuple[float, ...]) -> Kind:
     if not (spread > 0 and own > 0):
         return "real"
     gain = math.log(spread) + math.log(float(x.max())) - math.log(own) - float(logs.mean())
-    return "positive" if gain > _GAIN else "real"
+    # A spike at zero says that zero is an end, unless the logarithm looks far less normal.
+    return "positive" if gain > (_GAIN if values.min() > 0 else -_GAIN) else "real"
 
 
 def location_scale(values: np.ndarray) -> tuple[float, float]:

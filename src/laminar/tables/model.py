@@ -35,6 +35,7 @@ PARTICLES = 256
 
 _LEAST_PADDED, _DOUBLED = 32, 4096  # rows; above the second three quarters are lengths too
 _MOST_SCALARS = 10_000_000  # of particles at once, so that memory stays bounded
+_FAR = 10.0  # deviations of a condition, beyond which nothing is known
 _ENOUGH = 32.0  # particles, effectively, behind the draws of a row
 _MOST = 64  # times as many particles for rows whose first ones nearly all miss
 
@@ -133,6 +134,8 @@ class TableFlow(eqx.Module):
         conditions = self._given(given, None) if schema.given else None
         count = 1 if conditions is None else len(conditions)
         standard = None if conditions is None else schema.condition(conditions)
+        if conditions is not None:
+            _say_far(schema, conditions)
         held = None if fixed is None else self._fixed(fixed)
         if held is not None:
             events = np.repeat(self._opened(schema.encode(held)[0], held), count, axis=0)
@@ -454,6 +457,20 @@ def _effective(log_w: np.ndarray) -> float:
         return 0.0
     w = np.exp(log_w - top)
     return float(w.sum() ** 2 / np.square(w).sum())
+
+
+def _say_far(schema: Schema, conditions: np.ndarray) -> None:
+    """Warn of conditions far beyond those that the model has seen."""
+    for column, x in zip(schema.given, conditions.T, strict=True):
+        if not column.modelled or column.states_only:
+            continue
+        far = np.abs(column.standardise(x)) > _FAR
+        if far.any():
+            warnings.warn(
+                f"The condition {column.name} = {x[far][0]:g} lies more than {_FAR:g} deviations "
+                "from those that the model was fitted to; what it says there is a guess.",
+                stacklevel=3,
+            )
 
 
 def _say_collapsed(effective: np.ndarray, n: int) -> None:

@@ -133,6 +133,12 @@ class Schema:
             cells=(*table.cells, *(c.cells for c in absent)),
         )
 
+    def new_gaps(self, table: Table) -> np.ndarray:
+        """Whether rows have a gap in a column that had none in the fit, (N,)."""
+        whole = [c.name for c in (*self.columns, *self.given) if c.modelled and not c.missing]
+        gone = np.isnan(table.select([name for name in whole if name in table.names]).values)
+        return np.asarray(gone.any(axis=1))
+
     def condition(self, values: np.ndarray) -> np.ndarray | None:
         """Rows of given columns, (N, C), as conditions (N, c), or None when c = 0."""
         parts = [
