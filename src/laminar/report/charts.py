@@ -72,7 +72,8 @@ class Frame:
                 continue
             free = at + half + 4
             panel.add(Stroke(np.array([[at, self.bottom], [at, self.bottom + 3]]), "faint", 1.0))
-            panel.add(Label(at, self.bottom + 17, text))
+            # The last one may stand at the edge, and must not be cut off there.
+            panel.add(Label(min(at, panel.width - half - 1), self.bottom + 17, text))
         if self.x.label:
             label = cut(self.x.label, 44)
             panel.add(Label((self.left + self.right) / 2, panel.height - 4, label, role="faint"))
