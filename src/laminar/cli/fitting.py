@@ -58,6 +58,13 @@ def fit(
     flow: Annotated[
         str, typer.Option("--flow", help=f"{', '.join(FLOWS[:-1])} or {FLOWS[-1]}.")
     ] = "auto",
+    validation: Annotated[
+        float,
+        typer.Option(
+            "--validation",
+            help="Share of the rows held out, by which scores and strange rows are judged.",
+        ),
+    ] = 0.1,
     steps: StepsOption = None,
     time_limit: TimeOption = None,
     batch_size: BatchOption = None,
@@ -85,11 +92,13 @@ def fit(
     options = check_training(steps, time_limit, batch_size, learning_rate)
     check_seed(seed)
     check_flow(flow)
+    if not 0 < validation < 1:
+        raise InputError(f"--validation must lie between 0 and 1, not {validation:g}.")
     checkpoint = checkpoint or f"{out}.ckpt"
     _check_outputs(table, out, checkpoint)
     rows = _read(table, columns, given, weights)
     options |= {"given": names_of("--given", given) or (), "weights": weights}
-    options |= {"flow": flow, "seed": seed, "partial": partial}
+    options |= {"flow": flow, "seed": seed, "partial": partial, "validation": validation}
     options |= {"kinds": pairs_of("--kind", kind or [], "KIND")}
     with jax_session(precision, no_cache):
         report = _fit_and_save(rows, out, checkpoint, resume, precision, options)
