@@ -84,7 +84,7 @@ def tables() -> dict[str, tuple[str, object]]:
         ),
         "numbers and words in one column": (
             ".csv",
-            _text(["a", "b"], [[v if i % 2 else "n/a?", i] for i, v in enumerate(x[:, 0])]),
+            _text(["a", "b"], [[v if i % 2 else "n/a?", w] for i, (v, w) in enumerate(x[:, :2])]),
         ),
         "a typing error among numbers (refused)": (
             ".csv",
@@ -93,6 +93,10 @@ def tables() -> dict[str, tuple[str, object]]:
         "infinities (refused)": (
             ".csv",
             _text(["a", "b"], [[v, "inf" if i == 3 else v] for i, v in enumerate(x[:, 0])]),
+        ),
+        "row numbers": (
+            ".csv",
+            _text(["id", "a"], [[1_000 + i, v] for i, v in enumerate(x[:, 0])]),
         ),
         "an identifier": (
             ".csv",

@@ -157,3 +157,8 @@ def test_linear_dependence_is_seen():
     x[:, 2] = 3 * x[:, 0] - x[:, 1]
     assert len(dependent(x)) == 1
     assert dependent(x[:3]) == []
+
+
+def test_grids_of_enormous_numbers_are_looked_for_in_silence():
+    values = np.random.default_rng(0).normal(size=200) * 1e140
+    assert grid_step(np.unique(values)) == 0

@@ -234,7 +234,8 @@ class FlowRegressor(RegressorMixin, RowReader):
             parts += [places, np.clip(np.log(size / self._spread)[:, None] / 2, -_FAR, _FAR)]
         # The mean over folds errs less than one fold's trees, by their variance exactly (Krogh &
         # Vedelsby 1995), and the law was learned from the residuals of one fold's.
-        share = 1 - around.variance / (self._mean_square * size**2)
+        spread = np.maximum(self._mean_square * size**2, np.finfo(float).tiny)
+        share = 1 - around.variance / spread
         size = np.maximum(size * np.sqrt(np.clip(share, _LEAST_SHARE, 1.0)), least)
         condition = pad_condition(np.concatenate(parts, axis=1))
         return condition, around.location + self._shift * np.exp(around.log_scale), size

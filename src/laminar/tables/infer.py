@@ -417,7 +417,8 @@ def grid_step(distinct: np.ndarray) -> float:
     Euclid's algorithm on all differences at once, up to the rounding of the values (that of float32
     when all of them are float32 numbers); a step lost in that rounding is none.
     """
-    single = distinct.astype(np.float32).astype(np.float64)
+    with np.errstate(over="ignore"):
+        single = distinct.astype(np.float32).astype(np.float64)
     whole = bool((distinct == np.round(distinct)).all())
     epsilon = 2.0**-23 if (single == distinct).all() and not whole else 2.0**-52
     tolerance = 4.0 * epsilon * float(np.abs(distinct).max())
