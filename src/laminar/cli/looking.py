@@ -133,9 +133,11 @@ def _range(column: Any) -> str:
         return "empty" if np.isnan(column.location) else _shown(column, column.location)
     middle = column.unstandardise(np.zeros(1))[0]
     spread = column.unstandardise(np.array([-1.0, 1.0]))
+    if column.on_grid and (column.low, column.high) != (None, None):
+        spread = np.clip(spread, column.low, column.high)
     if column.cells.kind == "datetime":
         return " to ".join(_shown(column, x) for x in spread)
-    return f"{middle:.6g} ({spread[0]:.6g} to {spread[1]:.6g})"
+    return f"{middle:.4g}, mostly {spread[0]:.4g} to {spread[1]:.4g}"
 
 
 def _shown(column: Any, x: float) -> str:
