@@ -274,3 +274,19 @@ def test_tails_are_no_wider_than_the_law():
 def test_weights_are_numbers():
     with pytest.raises(InputError, match="not a number"):
         fit_table(make(60, gaps=0), weights="city")
+
+
+def test_amounts_on_a_grid_end_at_zero():
+    rng = np.random.default_rng(2)
+    amount = np.round(np.where(rng.random(500) < 0.3, 0, rng.gamma(2, 3, 500)), 1)
+    table = Table(("k", "x"), np.column_stack([rng.integers(0, 2, 500), amount]).astype(float))
+    schema = learn_schema(table, kinds={"k": "categorical"})
+    column = schema.columns[1]
+    assert (column.kind, column.low) == ("real", 0.0)
+    model = untrained(table, kinds={"k": "categorical"})
+    assert np.isneginf(model.log_prob(np.array([[0.0, -0.1]]))).all()
+    assert model.sample(jr.key(0), 2_000).column("x").min() == 0
+    grid = np.column_stack([np.zeros(3_000), np.arange(3_000) / 10])
+    both = [logsumexp(model.log_prob(grid + np.array([k, 0]))) for k in (0, 1)]
+    unseen = schema.columns[0].unseen
+    assert np.exp(both).sum() == pytest.approx(1 - unseen, abs=1e-3)

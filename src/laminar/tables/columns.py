@@ -223,11 +223,16 @@ class Column:
                 units = x - self.origin
                 whole = np.abs(units - np.round(units)) <= _ON_GRID * np.maximum(1, np.abs(units))
                 keep = whole | (self.kind == "datetime")
-                if self.low is not None:
-                    keep &= x >= self.low - self.step / 2
-                if self.high is not None:
-                    keep &= x <= self.high + self.step / 2
+                keep &= self._within_ends(x)
+            elif self.on_grid:
+                keep = self._within_ends(x)
         return keep | gone
+
+    def _within_ends(self, x: np.ndarray) -> np.ndarray:
+        """Whether values lie within the cells of both ends, where there are such."""
+        low = -math.inf if self.low is None else self.low - self.step / 2
+        high = math.inf if self.high is None else self.high + self.step / 2
+        return (x >= low) & (x <= high)
 
     def restore(self, z: np.ndarray) -> np.ndarray:
         """From standardised units to the user's, onto the values that a column of ties can take."""

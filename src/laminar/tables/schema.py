@@ -26,6 +26,7 @@ from laminar.tables.infer import check_declared, learn_column
 from laminar.tables.table import Table, listing
 
 _SMOOTHED = "smoothed by uniform noise"
+_SURE = 50  # rows, of which the least says where a column ends
 _SPIKED = 0.1  # of the rows, on single values of a column: a table of real columns is mixed then
 
 
@@ -320,7 +321,10 @@ def _exact(column: Column, rows: int) -> Column:
     if not column.discrete:
         return dataclasses.replace(column, resolution=0.0)
     if column.step > 0:
-        return dataclasses.replace(column, cell=True, fine=column.step < FINE * column.scale)
+        fine = column.step < FINE * column.scale
+        # An amount whose least value is zero has none below.
+        low = 0.0 if column.origin == 0 and rows >= _SURE and not fine else None
+        return dataclasses.replace(column, cell=True, fine=fine, low=low)
     return dataclasses.replace(column, codes=column.levels, unseen=1.0 / (rows + 2))
 
 
