@@ -260,6 +260,7 @@ def test_a_graph_decides_who_depends_on_whom(name, cond_dim, residual):
     assert f"length={steps - (cond_dim == 0 and steps > 1)}" in text
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_graph_learn():
     layer = masked_autoregressive(4, Affine(), width=12, depth=2, graph=DIAMOND, key=jr.key(0))
     layer = randomise(layer, jr.key(1), 0.5)

@@ -255,7 +255,7 @@ def test_a_divergence_that_the_field_knows_is_taken():
         np.testing.assert_allclose(energies.log_det, jnp.trace(MATRIX), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["conv", "potential"])
+@pytest.mark.parametrize("kind", [pytest.param("conv", marks=pytest.mark.slow), "potential"])
 def test_flow_matching_trains_fields_of_images(kind):
     shape = (1, 3, 3)
     if kind == "conv":

@@ -83,6 +83,7 @@ def test_a_convolutional_network_is_a_contraction_and_moves_with_the_image(depth
     np.testing.assert_allclose(turned, jnp.roll(whole, (1, 2), (1, 2)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_estimates_of_an_image_are_those_of_its_jacobian():
     net = LipschitzConv((2, 3, 4), width=6, lipschitz=0.7, key=jr.key(0))
     exact = randomise(Residual(net), jr.key(1))

@@ -40,6 +40,7 @@ def test_a_regressor_sees_names(people):
     assert np.isfinite(model.predict(new)).all()
 
 
+@pytest.mark.slow
 def test_a_classifier_sees_names(people):
     X = people.assign(tall=people["size"] > 2)[["town", "number"]]
     y = np.where(people["size"] > 2, "tall", "short")

@@ -178,6 +178,7 @@ def test_path_gradients_vanish_where_the_posterior_is_exact(posterior):
     assert gradient(False) > 1e-2
 
 
+@pytest.mark.slow
 def test_path_gradients_have_the_same_mean():
     model = tiny("nice")
     x = jnp.tile(ALL_BITS, (2_000, 1))
@@ -248,6 +249,7 @@ def test_a_flow_is_at_least_as_good_as_the_diagonal(posterior):
     assert flow.log_prob.mean() > diagonal.log_prob.mean() - 0.3
 
 
+@pytest.mark.slow
 def test_the_dynamic_protocol_draws_anew():
     objective = free_energy(linear_annealing(over=100), observe=binarise)
     model, history = train(small(), 300, GREY[:1500], objective=objective)
