@@ -404,7 +404,7 @@ def load_detector(path: str) -> "Detector":
 
 def say_seen(detector: "Detector", rows: "Table") -> None:
     """Remark on rows whose p-values mean little, or that have none."""
-    unscored = int(detector.unscored(rows).sum())
+    unscored = int(detector.model.schema.new_gaps(rows).sum())
     if unscored:
         say(
             f"note: {unscored:,} of {len(rows):,} rows have gaps in columns that had none in the "

@@ -248,14 +248,11 @@ class MaskedMLP(eqx.Module):
         """The parameters ``(P, D, *batch)`` that the last hidden units give."""
         return affine(self._masked_head(), self._offset(offset), h)
 
-    def some_parameters(
-        self, h: Array, params: slice, inputs: np.ndarray, offset: Array | None = None
-    ) -> Array:
+    def some_parameters(self, h: Array, params: slice, inputs: np.ndarray) -> Array:
         """As `parameters`, for some of the parameters of some inputs."""
         weight = self.head[params][:, inputs]
         weight = jnp.where(self._masks()[2][None, inputs], weight, 0)
-        bias = self.head_bias[params][:, inputs]
-        return affine(weight, bias if offset is None else bias + offset[:, None], h)
+        return affine(weight, self.head_bias[params][:, inputs], h)
 
     def _offset(self, offset: Array | None) -> Array:
         """The bias of the head, ``(P, D)``, with what is added to every column of it."""

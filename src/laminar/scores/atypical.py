@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from laminar._errors import InputError
+from laminar.scores.twosample import category_test
 
 _NORMAL_LIMIT = 2_000  # values whose mean is normal enough
 
@@ -85,13 +86,12 @@ def batch_typicality(
     """
     batch = np.asarray(log_p, dtype=np.float64)
     known = np.asarray(calibration, dtype=np.float64)
-    lost = [int(np.isneginf(v).sum()) for v in (batch, known)]
-    sizes = [len(batch), len(known)]
-    batch, known = batch[~np.isneginf(batch)], known[np.isfinite(known)]
-    if not sizes[0] or len(known) < 2 or draws < 1:
+    lost, rows = [np.isneginf(values) for values in (batch, known)], len(batch)
+    batch, known = batch[~lost[0]], known[np.isfinite(known)]
+    if not rows or len(known) < 2 or draws < 1:
         raise InputError(
             f"batch_typicality needs rows, at least two finite calibration values and draws, and "
-            f"got {sizes[0]}, {len(known)} and {draws}."
+            f"got {rows}, {len(known)} and {draws}."
         )
     statistic, p = math.inf, 1.0
     if len(batch):
@@ -100,12 +100,8 @@ def batch_typicality(
             return BatchTypicality(math.nan, math.nan)
         own, other = (_means(known, size, draws, rng) for size in (len(batch), len(known)))
         p = (int((np.abs(own - other) >= statistic).sum()) + 1) / (draws + 1)
-    if any(lost):
-        from scipy.stats import fisher_exact
-
-        table = np.array([lost, np.subtract(sizes, lost)])
-        zeros = float(fisher_exact(table).pvalue)  # type: ignore[attr-defined]
-        p = min(2 * min(p, zeros), 1.0)
+    if any(part.any() for part in lost):
+        p = min(2 * min(p, category_test(*lost).p_value), 1.0)
     return BatchTypicality(statistic, p)
 
 

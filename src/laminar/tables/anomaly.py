@@ -4,10 +4,10 @@ A `Detector` is a model and a `Calibration`: scores of rows that neither the mod
 in the detector has seen. So a row's p-value is exact in finite samples, whatever the model: see
 `laminar.scores.conformal`. (`fit_table` looks at all rows to see what the columns are, the rows it
 calibrates on among them, so that those of its models are exact but for that; `fit_detector` looks
-at none.) That is why the model of a detector is not the one that `fit_table`
-fits last, to all rows of a small table: a model scores rows that it was fitted to too well, and a
-new row would look stranger than it is. The alternative, cross-conformal p-values from several
-models that each leave out a part, needs as many fits and bounds the error only by twice the level.
+at none.) That is why the model of a detector is not the one that `fit_table` fits last, to all rows
+of a small table: a model scores rows that it was fitted to too well, and a new row would look
+stranger than it is. The alternative, cross-conformal p-values from several models that each leave
+out a part, needs as many fits and bounds the error only by twice the level.
 
 Where rows are strange only by a default score it is because log-densities alone are known to fail:
 see `Calibration.score`.
@@ -175,16 +175,12 @@ class Detector(eqx.Module):
             known.p_values(score, rng=rng),
         )
 
-    def unscored(self, rows: Table) -> np.ndarray:
-        """Whether rows have a gap in a column that had none in the fit, (N,).
-
-        Such a row has no score and no p-value: its log-density is that of its other cells alone,
-        which cannot be ranked among those of whole rows. Fill it in first (`TableFlow.impute`).
-        """
-        return self.model.schema.new_gaps(rows)
-
     def _told(self, rows: Table, score: np.ndarray) -> np.ndarray:
-        return np.where(self.unscored(rows), np.nan, score)
+        """The scores, NaN where a row's log-density is that of a part of its cells alone.
+
+        It cannot be ranked among those of whole rows; `TableFlow.impute` fills such rows in.
+        """
+        return np.where(self.model.schema.new_gaps(rows), np.nan, score)
 
     def detect(
         self,

@@ -44,7 +44,7 @@ _FEW_NUMBERS = 10  # whole numbers that are told one by one
 _ENDS = 0.04  # of the rows on the highest number of a scale, at least
 _DIGITS = 6  # after the point, that samples are rounded to at most
 _BY_CHANCE = 14.0  # nats: what is less probable than one in a million is no chance
-_SURE = 50  # rows that all lie on a grid coarser than the whole numbers
+SURE = 50  # rows; fewer do not say on what grid a column lies, or where it ends
 
 
 def learn_column(
@@ -161,7 +161,7 @@ def numbers_rows(there: np.ndarray) -> bool:
     exp(−n (n − 1) / 2m); the uniform law has the greatest (the birthday problem).
     """
     n = len(there)
-    if n < _SURE or len(np.unique(there)) < n:
+    if n < SURE or len(np.unique(there)) < n:
         return False
     return 0.5 * n * (n - 1) > _BY_CHANCE * (there.max() - there.min() + 1)
 
@@ -232,7 +232,7 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
         texts = cells.kind == "text"
         low = 0.0 if texts else float(distinct[0])
         high = float(len(cells.levels) - 1) if texts else float(distinct[-1])
-    elif len(there) >= _SURE and len(distinct) >= 5:
+    elif len(there) >= SURE and len(distinct) >= 5:
         step = max(grid_step(distinct), 1.0)
     origin = float(distinct[0])
     if kind == "integer":
@@ -246,7 +246,7 @@ def _counted(name, kind, cells, missing, there, seen, ends, condition) -> Column
     fine = step < FINE * scale
     spikes = _shared(*np.unique(there, return_counts=True)) if fine else ()
     few = kind == "integer" and not ends and len(distinct) <= _FEW_NUMBERS
-    if few and len(there) >= _SURE and (there == distinct[-1]).mean() > _ENDS:
+    if few and len(there) >= SURE and (there == distinct[-1]).mean() > _ENDS:
         # Grades and the like, which do not thin out towards their highest number: one beyond those
         # that occur is as new as a new category.
         codes = tuple(map(float, distinct))
@@ -329,7 +329,7 @@ def _continuous(
 
 def _digits(distinct: np.ndarray, typed: bool) -> float:
     """The grid that samples are rounded to, so that they have the digits of the table, or 0."""
-    if not typed or len(distinct) < _SURE:
+    if not typed or len(distinct) < SURE:
         return 0.0
     step = grid_step(distinct)
     if not step > 0 or round(step, _DIGITS) != step:

@@ -22,11 +22,10 @@ from laminar._errors import InputError
 from laminar.mixed import ColumnLaw
 from laminar.tables.cells import Cells
 from laminar.tables.columns import FINE, Column
-from laminar.tables.infer import check_declared, learn_column
+from laminar.tables.infer import SURE, check_declared, learn_column
 from laminar.tables.table import Table, listing
 
 _SMOOTHED = "smoothed by uniform noise"
-_SURE = 50  # rows, of which the least says where a column ends
 _SPIKED = 0.1  # of the rows, on single values of a column: a table of real columns is mixed then
 
 
@@ -323,7 +322,7 @@ def _exact(column: Column, rows: int) -> Column:
     if column.step > 0:
         fine = column.step < FINE * column.scale
         # An amount whose least value is zero has none below.
-        low = 0.0 if column.origin == 0 and rows >= _SURE and not fine else None
+        low = 0.0 if column.origin == 0 and rows >= SURE and not fine else None
         return dataclasses.replace(column, cell=True, fine=fine, low=low)
     return dataclasses.replace(column, codes=column.levels, unseen=1.0 / (rows + 2))
 
